@@ -1,0 +1,332 @@
+"""The convex objectives: value, gradient, Hessian, stochastic gradient and constants.
+
+Setting (arXiv 2410.15483): a finite response set per prompt, features phi(x, y), the policy
+pi_theta(y|x) = softmax_y(theta . phi(x, y)), theta in the ball of radius R. At response level the
+normalisers of DPO cancel, so both losses are convex in theta. (Token-level DPO is not.)
+
+Arrays are float64. `theta` has shape (..., d); values have the leading shape (...). Stochastic
+gradients are compiled and loop over runs one by one, so a run's numbers do not depend on the batch
+it is simulated in.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import expit, logsumexp, softmax, xlogy
+
+from theory import kernels
+from theory.randomness import Stream, normals, uniforms
+
+Array = NDArray[np.float64]
+Kernel = Callable[..., None]
+
+
+class Constants(NamedTuple):
+    """Constants of an objective on the ball of radius R."""
+
+    gradient_norm: float
+    """M with E|g|^2 <= M^2 for the stochastic gradient g everywhere on the ball."""
+    smoothness: float
+    """L: no eigenvalue of the Hessian exceeds it."""
+    strong_convexity: float
+    """mu: no eigenvalue of the Hessian on the ball is below it (may be 0)."""
+
+
+class Objective(Protocol):
+    """A smooth convex function of theta in R^d."""
+
+    @property
+    def dim(self) -> int: ...
+
+    def value(self, theta: Array) -> Array:
+        """f(theta), shape (...)."""
+        ...
+
+    def gradient(self, theta: Array) -> Array:
+        """grad f(theta), shape (..., d)."""
+        ...
+
+    def hessian(self, theta: Array) -> Array:
+        """The Hessian at one point: theta (d,) -> (d, d)."""
+        ...
+
+
+class StochasticObjective(ABC):
+    """An objective that a simulation can step on: sampling, a compiled gradient, constants."""
+
+    @property
+    @abstractmethod
+    def dim(self) -> int: ...
+
+    @abstractmethod
+    def value(self, theta: Array) -> Array: ...
+
+    @abstractmethod
+    def gradient(self, theta: Array) -> Array: ...
+
+    @abstractmethod
+    def hessian(self, theta: Array) -> Array: ...
+
+    @abstractmethod
+    def constants(self, radius: float) -> Constants:
+        """M, L and mu on the ball of radius `radius`."""
+
+    @property
+    @abstractmethod
+    def compiled(self) -> tuple[Kernel, tuple[Any, ...]]:
+        """The kernel of the stochastic gradient and the problem data that it takes."""
+
+    def draws(self, seeds: tuple[int, ...], stream: Stream, block: int) -> Array:
+        """Random numbers of one block of steps: (len(seeds), BLOCK, 2) for an index and a label."""
+        return uniforms(seeds, stream, block, 2)
+
+    def add_stochastic_gradient(
+        self,
+        theta: Array,
+        weights: Array,
+        column: int,
+        draws: Array,
+        seed_index: NDArray[np.int64],
+        offset: int,
+        out: Array,
+        losses: Array,
+    ) -> None:
+        """out[r] += w_r g(theta[r]; z_r), losses[r, column] = f(theta[r]; z_r), for each run r.
+
+        w_r = weights[r, column] and z_r = draws[seed_index[r], offset]. A run with weight zero is
+        skipped and gets the loss NaN. g is unbiased: E g = grad f. `theta` is (runs, d).
+        """
+        kernel, data = self.compiled
+        kernel(theta, weights, column, draws, seed_index, offset, *data, out, losses)
+
+
+@dataclass(frozen=True, eq=False)
+class Quadratic(StochasticObjective):
+    """f(theta) = (theta - c)' H (theta - c) / 2, observed with Gaussian gradient noise.
+
+    Sample loss f(theta; z) = f(theta) + sigma z . (theta - c), z standard normal, so that the
+    gradient noise has covariance V = sigma^2 I. H (d, d) is symmetric positive definite.
+    """
+
+    matrix: Array
+    center: Array
+    noise: float
+
+    @property
+    def dim(self) -> int:
+        return len(self.center)
+
+    def value(self, theta: Array) -> Array:
+        offset = theta - self.center
+        return 0.5 * np.sum(offset * (offset @ self.matrix), axis=-1)
+
+    def gradient(self, theta: Array) -> Array:
+        return (theta - self.center) @ self.matrix
+
+    def hessian(self, theta: Array) -> Array:
+        return self.matrix
+
+    def constants(self, radius: float) -> Constants:
+        """M^2 = (L (R + |c|))^2 + tr V; L and mu are the extreme eigenvalues of H."""
+        eigenvalues = np.linalg.eigvalsh(self.matrix)
+        slope = eigenvalues[-1] * (radius + np.linalg.norm(self.center))
+        second_moment = slope**2 + self.noise**2 * self.dim
+        return Constants(float(np.sqrt(second_moment)), float(eigenvalues[-1]), eigenvalues[0])
+
+    def draws(self, seeds: tuple[int, ...], stream: Stream, block: int) -> Array:
+        return normals(seeds, stream, block, self.dim)
+
+    @property
+    def compiled(self) -> tuple[Kernel, tuple[Any, ...]]:
+        return kernels.quadratic, (self.matrix, self.center, self.noise)
+
+
+@dataclass(frozen=True, eq=False)
+class LogisticDPO(StochasticObjective):
+    """f(theta) = mean_i [p_i softplus(-s_i) + (1 - p_i) softplus(s_i)]: DPO at response level.
+
+    s_i = beta (theta - theta_ref) . (phi(x_i, a_i) - phi(x_i, b_i)) is the reward margin of the
+    i-th pair and p_i the probability that a_i is preferred: both orders occur, so the minimiser is
+    interior. A sample draws a pair uniformly and its label from p_i; its loss is
+    -log sigmoid(+-s_i), the DPO loss of arXiv 2305.18290, equation 7, for the policy above.
+
+    `differences` (n, d) holds phi(x_i, a_i) - phi(x_i, b_i); `preference` (n,) holds p_i.
+    """
+
+    differences: Array
+    preference: Array
+    beta: float
+    theta_ref: Array
+
+    @property
+    def dim(self) -> int:
+        return self.differences.shape[1]
+
+    @cached_property
+    def _rows(self) -> Array:
+        return np.ascontiguousarray(self.beta * self.differences)
+
+    @cached_property
+    def _shift(self) -> Array:
+        return self._rows @ self.theta_ref
+
+    def _margins(self, theta: Array) -> Array:
+        return theta @ self._rows.T - self._shift
+
+    def value(self, theta: Array) -> Array:
+        # p softplus(-s) + (1 - p) softplus(s) = softplus(s) - p s, stable for every s.
+        margins = self._margins(theta)
+        softplus = np.maximum(margins, 0.0) + np.log1p(np.exp(-np.abs(margins)))
+        return np.mean(softplus - self.preference * margins, axis=-1)
+
+    def gradient(self, theta: Array) -> Array:
+        residual = expit(self._margins(theta)) - self.preference
+        return residual @ self._rows / len(self._rows)
+
+    def hessian(self, theta: Array) -> Array:
+        slope = _logistic_slope(self._margins(theta))
+        return (self._rows.T * slope) @ self._rows / len(self._rows)
+
+    def constants(self, radius: float) -> Constants:
+        """M = beta max|a - b| <= 2 beta Phi; L = eig_max(mean x x') / 4 <= beta^2 Phi^2.
+
+        x_i = beta (phi(x_i, a_i) - phi(x_i, b_i)). mu = eig_min(mean s'(R|x_i| + |x_i . theta_ref|)
+        x_i x_i'), where s' = s (1 - s) is the slope of the sigmoid s, decreasing away from 0.
+        """
+        norms = np.linalg.norm(self._rows, axis=1)
+        second = self._rows.T @ self._rows / len(self._rows)
+        floor = _logistic_slope(radius * norms + np.abs(self._shift))
+        lowest = np.linalg.eigvalsh((self._rows.T * floor) @ self._rows / len(self._rows))[0]
+        largest = np.linalg.eigvalsh(second)[-1]
+        return Constants(float(norms.max()), float(largest / 4), max(float(lowest), 0.0))
+
+    @property
+    def compiled(self) -> tuple[Kernel, tuple[Any, ...]]:
+        return kernels.logistic, (self._rows, self._shift, self.preference)
+
+
+@dataclass(frozen=True, eq=False)
+class SoftmaxSFT(StochasticObjective):
+    """f(theta) = -mean_x sum_y q(y|x) log pi_theta(y|x): SFT at response level.
+
+    A sample draws a prompt uniformly and its demonstration y from q(.|x); its loss is
+    -log pi_theta(y|x). `features` (prompts, responses, d) holds phi; `labels` (prompts, responses)
+    holds q, rows summing to 1.
+    """
+
+    features: Array
+    labels: Array
+
+    @property
+    def dim(self) -> int:
+        return self.features.shape[2]
+
+    @cached_property
+    def _by_response(self) -> Array:
+        """Features as (responses * prompts, d): reductions over responses then run along rows."""
+        return np.ascontiguousarray(self.features.swapaxes(0, 1).reshape(-1, self.dim))
+
+    @cached_property
+    def _demonstrated(self) -> Array:
+        """Mean feature of the demonstrations: the labels enter f through it alone."""
+        return np.einsum("xy,xyd->d", self.labels, self.features) / len(self.features)
+
+    @cached_property
+    def _cumulative(self) -> Array:
+        return np.cumsum(self.labels, axis=1)
+
+    def value(self, theta: Array) -> Array:
+        # mean_x logsumexp_y(theta . phi) - theta . E_q phi. Exact MAXRIGHT spends its time here, so
+        # the log-sum-exp runs in place over the leading axis of (responses, prompts, points).
+        points = theta.reshape(-1, self.dim)
+        logits = (self._by_response @ points.T).reshape(*self.labels.T.shape, len(points))
+        peak = logits.max(axis=0)
+        logits -= peak
+        np.exp(logits, out=logits)
+        log_normaliser = (np.log(logits.sum(axis=0)) + peak).mean(axis=0)
+        return log_normaliser.reshape(theta.shape[:-1]) - theta @ self._demonstrated
+
+    def gradient(self, theta: Array) -> Array:
+        moment = np.einsum("...xy,xyd->...d", self._policy(theta), self.features, optimize=True)
+        return moment / len(self.features) - self._demonstrated
+
+    def _policy(self, theta: Array) -> Array:
+        """pi_theta(y|x), shape (..., prompts, responses)."""
+        return softmax(np.einsum("xyd,...d->...xy", self.features, theta), axis=-1)
+
+    def hessian(self, theta: Array) -> Array:
+        policy = self._policy(theta)
+        return _mean_covariance(self.features, policy)
+
+    def constants(self, radius: float) -> Constants:
+        """M = max_x diam_x <= 2 Phi and L = mean_x diam_x^2 / 4 <= Phi^2 (Popoviciu).
+
+        diam_x is the largest |phi(x, y) - phi(x, y')|. pi >= exp(-R diam_x)/|Y| on the ball, and a
+        variance under pi is at least |Y| min(pi) times the uniform one, hence
+        mu = eig_min(mean_x exp(-R diam_x) Cov_uniform[phi(x, .)]).
+        """
+        gaps = self.features[:, :, None, :] - self.features[:, None, :, :]
+        diameters = np.linalg.norm(gaps, axis=-1).max(axis=(1, 2))
+        uniform = np.full_like(self.labels, 1.0 / self.labels.shape[1])
+        lowest = np.linalg.eigvalsh(
+            _mean_covariance(self.features, uniform, np.exp(-radius * diameters))
+        )[0]
+        smoothness = np.mean(diameters**2) / 4
+        return Constants(float(diameters.max()), float(smoothness), max(float(lowest), 0.0))
+
+    def entropy(self) -> float:
+        """mean_x H(q(.|x)): the value that a policy with pi = q would reach."""
+        return float(-np.sum(xlogy(self.labels, self.labels)) / len(self.labels))
+
+    @property
+    def compiled(self) -> tuple[Kernel, tuple[Any, ...]]:
+        return kernels.softmax, (self.features, self._cumulative)
+
+
+@dataclass(frozen=True, eq=False)
+class WeightedSum:
+    """sum_i w_i f_i: f_Mix for w = (lam, 1 - lam), and the dual functions of f_Max."""
+
+    objectives: Sequence[Objective]
+    weights: Sequence[float]
+
+    @property
+    def dim(self) -> int:
+        return self.objectives[0].dim
+
+    def value(self, theta: Array) -> Array:
+        return np.sum([w * f.value(theta) for w, f in self._terms()], axis=0)
+
+    def gradient(self, theta: Array) -> Array:
+        return np.sum([w * f.gradient(theta) for w, f in self._terms()], axis=0)
+
+    def hessian(self, theta: Array) -> Array:
+        return np.sum([w * f.hessian(theta) for w, f in self._terms()], axis=0)
+
+    def _terms(self) -> list[tuple[float, Objective]]:
+        return list(zip(self.weights, self.objectives, strict=True))
+
+
+def response_log_probs(features: Array, theta: Array) -> Array:
+    """log pi_theta(y|x) for features (..., responses, d): shape (..., responses)."""
+    logits = features @ theta
+    return logits - logsumexp(logits, axis=-1, keepdims=True)
+
+
+def _logistic_slope(margins: Array) -> Array:
+    return expit(margins) * expit(-margins)
+
+
+def _mean_covariance(features: Array, policy: Array, scale: Array | None = None) -> Array:
+    """mean_x scale_x Cov_{y ~ policy(.|x)}[phi(x, y)], shape (d, d)."""
+    means = np.einsum("xy,xyd->xd", policy, features)
+    centred = features - means[:, None, :]
+    mass = policy if scale is None else policy * scale[:, None]
+    return np.einsum("xy,xyd,xye->de", mass, centred, centred, optimize=True) / len(features)

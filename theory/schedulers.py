@@ -1,0 +1,282 @@
+"""The schedulers: which objective takes the next step. The paper's algorithms on one page.
+
+A scheduler is a small immutable object. Each step the training loop calls
+
+    weights, state = scheduler.select(state, probe)     # before the step
+    state = scheduler.observe(state, losses)            # after its forward pass
+
+`weights` has shape (..., 2) over (DPO, SFT); the loop steps along sum_i weights_i * grad f_i, and a
+weight of zero means: draw no batch, run no backward. The same objects drive `theory.simulate`
+(many runs at once: `lam`, `seed` and `first_steps` may hold one entry per run) and the language
+model trainer in `llm` (one run). State lives outside, is plain data and goes into a checkpoint.
+
+Source of the algorithms: arXiv 2410.15483 (sequential, Mix, ALRIGHT, MAXRIGHT).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from theory.randomness import Stream, uniform_at
+from theory.tasks import Task
+
+Array = NDArray[np.float64]
+Probe = Callable[[], Array]
+"""Evaluates both objectives at the current parameters: () -> losses of shape (..., 2)."""
+
+ORDERS: dict[str, tuple[Task, Task]] = {
+    "dpo_then_sft": (Task.DPO, Task.SFT),
+    "sft_then_dpo": (Task.SFT, Task.DPO),
+}
+
+
+class ScheduleState(NamedTuple):
+    """What a schedule remembers between steps: plain data, JSON through `to_json`."""
+
+    step: int = 0
+    """Steps taken so far."""
+    values: Array | None = None
+    """Last known losses (..., 2) of a scheduler that compares values, else None."""
+
+    def to_json(self) -> dict[str, Any]:
+        values = None if self.values is None else np.asarray(self.values).tolist()
+        return {"step": self.step, "values": values}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> ScheduleState:
+        values = data["values"]
+        return cls(int(data["step"]), None if values is None else np.asarray(values, dtype=float))
+
+
+@dataclass(frozen=True)
+class Scheduler:
+    """Base of all schedulers. `runs` is the leading shape of the weights: () for one run."""
+
+    @property
+    def reads_losses(self) -> bool:
+        """True if `observe` uses the losses of the step (else the loop need not supply them)."""
+        return False
+
+    @property
+    def runs(self) -> tuple[int, ...]:
+        return ()
+
+    def init(self) -> ScheduleState:
+        return ScheduleState()
+
+    def select(self, state: ScheduleState, probe: Probe) -> tuple[Array, ScheduleState]:
+        """Weights (..., 2) of the step `state.step`, and the state after deciding."""
+        raise NotImplementedError
+
+    def observe(self, state: ScheduleState, losses: Array | None = None) -> ScheduleState:
+        """Close the step. `losses` (..., 2): values of the stepped objectives, NaN elsewhere."""
+        return ScheduleState(state.step + 1, state.values)
+
+    def stage_start(self, step: int) -> int | NDArray[np.int64]:
+        """First step of the stage that `step` belongs to.
+
+        The loop restarts step size, optimiser and averages there, as separate runs would.
+        """
+        return 0
+
+
+@dataclass(frozen=True)
+class Single(Scheduler):
+    """Every step on one objective: plain SFT or plain DPO."""
+
+    task: Task
+
+    def select(self, state: ScheduleState, probe: Probe) -> tuple[Array, ScheduleState]:
+        return _one_hot(np.asarray(self.task == Task.DPO)), state
+
+
+@dataclass(frozen=True)
+class Sequential(Scheduler):
+    """`first_steps` steps on the first objective of `order`, all later ones on the second."""
+
+    first_steps: int | tuple[int, ...]
+    order: str = "dpo_then_sft"
+
+    def __post_init__(self) -> None:
+        if self.order not in ORDERS:
+            raise ValueError(f"order is {self.order!r}; it must be one of {', '.join(ORDERS)}")
+        if np.min(self.first_steps) < 0:
+            raise ValueError(f"first_steps is {self.first_steps}; it must not be negative")
+
+    @property
+    def runs(self) -> tuple[int, ...]:
+        return _runs(self.first_steps)
+
+    def select(self, state: ScheduleState, probe: Probe) -> tuple[Array, ScheduleState]:
+        in_first = state.step < _as_array(self.first_steps)
+        return _one_hot(in_first == (ORDERS[self.order][0] == Task.DPO)), state
+
+    def stage_start(self, step: int) -> NDArray[np.int64]:
+        first_steps = _as_array(self.first_steps)
+        return np.where(step < first_steps, 0, first_steps)
+
+
+@dataclass(frozen=True)
+class Mix(Scheduler):
+    """The gradient of f_Mix = lam f_DPO + (1 - lam) f_SFT; pays for both objectives each step."""
+
+    lam: float | tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        _check_lam(self.lam)
+
+    @property
+    def runs(self) -> tuple[int, ...]:
+        return _runs(self.lam)
+
+    def select(self, state: ScheduleState, probe: Probe) -> tuple[Array, ScheduleState]:
+        return _weights(self.lam), state
+
+
+@dataclass(frozen=True)
+class Alright(Scheduler):
+    """Draw DPO with probability lam, else SFT, and step on it: an unbiased gradient of f_Mix.
+
+    The draw of step t is a pure function of (seed, t). `seed` is one integer or one per run.
+    """
+
+    lam: float | tuple[float, ...]
+    seed: int | tuple[int, ...] = 0
+
+    def __post_init__(self) -> None:
+        _check_lam(self.lam)
+        if _runs(self.seed) not in ((), _runs(self.lam)):
+            raise ValueError("seed needs one entry, or as many as lam")
+
+    @property
+    def runs(self) -> tuple[int, ...]:
+        return _runs(self.lam)
+
+    def select(self, state: ScheduleState, probe: Probe) -> tuple[Array, ScheduleState]:
+        seeds = self.seed if isinstance(self.seed, tuple) else (self.seed,)
+        draw = uniform_at(seeds, Stream.DECISION, state.step)
+        return _one_hot((draw < _weights(self.lam)[..., Task.DPO]).reshape(self.runs)), state
+
+
+@dataclass(frozen=True)
+class Maxright(Scheduler):
+    """Step on the objective with the larger weighted optimality gap h_i = w_i (f_i - f_i*).
+
+    Both losses are probed every `refresh_every` steps; in between only the value of the stepped
+    objective is renewed, from the loss that its step computes anyway. `optimum` holds
+    (f_DPO*, f_SFT*). Ties go to DPO. With `scale_steps` the step is w_i grad f_i, a subgradient
+    of f_Max = max_i h_i; without it (as in the authors' code) it is grad f_i.
+    """
+
+    lam: float | tuple[float, ...]
+    optimum: tuple[float, float]
+    refresh_every: int = 10
+    scale_steps: bool = False
+
+    def __post_init__(self) -> None:
+        _check_lam(self.lam)
+        if self.refresh_every < 1:
+            raise ValueError(f"refresh_every is {self.refresh_every}; it must be at least 1")
+        if not np.all(np.isfinite(self.optimum)):
+            raise ValueError(f"optimum is {self.optimum}; both losses must be finite")
+
+    @property
+    def reads_losses(self) -> bool:
+        return self.refresh_every > 1
+
+    @property
+    def runs(self) -> tuple[int, ...]:
+        return _runs(self.lam)
+
+    def select(self, state: ScheduleState, probe: Probe) -> tuple[Array, ScheduleState]:
+        values = probe() if state.step % self.refresh_every == 0 else state.values
+        if values is None:
+            raise ValueError("MAXRIGHT has no loss values: its state lost them between refreshes")
+        weights = _weights(self.lam)
+        heights = weights * (values - np.asarray(self.optimum))
+        chosen = _one_hot(heights[..., Task.DPO] >= heights[..., Task.SFT])
+        return (chosen * weights if self.scale_steps else chosen), state._replace(values=values)
+
+    def observe(self, state: ScheduleState, losses: Array | None = None) -> ScheduleState:
+        values = state.values
+        if values is not None and losses is not None:
+            values = np.where(np.isnan(losses), values, losses)
+        return ScheduleState(state.step + 1, values)
+
+
+REGISTRY: dict[str, Callable[..., Scheduler]] = {
+    "sequential": Sequential,
+    "mix": Mix,
+    "alright": Alright,
+    "maxright": Maxright,
+    "dpo": lambda: Single(Task.DPO),
+    "sft": lambda: Single(Task.SFT),
+}
+"""Every algorithm by the name that `--algo` takes."""
+
+
+def scheduler_options(name: str) -> frozenset[str]:
+    """Names of the options that algorithm `name` uses; empty for the single objectives."""
+    factory = _lookup(name)
+    return frozenset(f.name for f in fields(factory)) if isinstance(factory, type) else frozenset()
+
+
+def make_scheduler(name: str, **options: Any) -> Scheduler:
+    """Build a scheduler by name. An option that it does not use, or lacks, is a ValueError."""
+    factory, known = _lookup(name), scheduler_options(name)
+    unused = sorted(set(options) - known)
+    if unused:
+        takes = ", ".join(sorted(known)) or "none"
+        raise ValueError(f"algorithm {name!r} does not use {', '.join(unused)} (it takes: {takes})")
+    if isinstance(factory, type):
+        required = {f.name for f in fields(factory) if f.default is MISSING}
+        missing = sorted(required - set(options))
+        if missing:
+            raise ValueError(f"algorithm {name!r} needs {', '.join(missing)}")
+    return factory(**options)
+
+
+def objective_weights(lam: ArrayLike) -> Array:
+    """w = (lam, 1 - lam) on the last axis, shape lam.shape + (2,)."""
+    lam = np.asarray(lam, dtype=float)
+    return np.stack([lam, 1.0 - lam], axis=-1)
+
+
+@lru_cache(maxsize=64)
+def _weights(lam: float | tuple[float, ...]) -> Array:
+    """`objective_weights` of a scheduler's field: converted once, not at every step."""
+    weights = objective_weights(lam)
+    weights.flags.writeable = False
+    return weights
+
+
+@lru_cache(maxsize=64)
+def _as_array(values: int | tuple[int, ...]) -> NDArray[np.int64]:
+    return np.asarray(values)
+
+
+def _runs(values: float | tuple[float, ...]) -> tuple[int, ...]:
+    return (len(values),) if isinstance(values, tuple) else ()
+
+
+def _one_hot(dpo: NDArray[np.bool_]) -> Array:
+    """Weights (..., 2) with a one on DPO where `dpo` holds, else on SFT."""
+    return np.stack([dpo, ~dpo], axis=-1).astype(float)
+
+
+def _check_lam(lam: ArrayLike) -> None:
+    values = np.asarray(lam, dtype=float)
+    if not np.all((values >= 0.0) & (values <= 1.0)):
+        raise ValueError(f"lam is {values}; it weighs DPO and must lie in [0, 1]")
+
+
+def _lookup(name: str) -> Callable[..., Scheduler]:
+    if name not in REGISTRY:
+        raise ValueError(f"unknown algorithm {name!r}; choose from {', '.join(REGISTRY)}")
+    return REGISTRY[name]
