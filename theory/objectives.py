@@ -138,7 +138,9 @@ class Quadratic(StochasticObjective):
         eigenvalues = np.linalg.eigvalsh(self.matrix)
         slope = eigenvalues[-1] * (radius + np.linalg.norm(self.center))
         second_moment = slope**2 + self.noise**2 * self.dim
-        return Constants(float(np.sqrt(second_moment)), float(eigenvalues[-1]), eigenvalues[0])
+        return Constants(
+            float(np.sqrt(second_moment)), float(eigenvalues[-1]), float(eigenvalues[0])
+        )
 
     def draws(self, seeds: tuple[int, ...], stream: Stream, block: int) -> Array:
         return normals(seeds, stream, block, self.dim)

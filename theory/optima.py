@@ -51,8 +51,11 @@ def minimise(objective: Objective, radius: float) -> Optimum:
 
     Newton's method; if the free minimiser lies outside, the multiplier nu of |theta| <= R is found
     by bisection on min f + nu |theta|^2 / 2.
+
+    Raises:
+        OptimumError: if no point with a certified gap of 1e-8 was found.
     """
-    theta = _newton(objective, np.zeros(objective.dim), 0.0, 2.0 * radius)
+    theta = _newton(objective, np.zeros(objective.dim), 0.0)
     interior = bool(np.linalg.norm(theta) < radius)
     if not interior:
         theta = _boundary_minimiser(objective, radius)
@@ -102,6 +105,7 @@ def _minimise_max(optima: ProblemOptima, lam: float) -> Optimum:
 
     The dual function d(rho) = min_theta rho h_1 + (1 - rho) h_2 is concave with derivative
     h_1 - h_2 at its minimiser; its maximiser equalises the two unless one of them dominates.
+    The certificate takes the f_i* as given; their own (<= 1e-8) shift f_Max by at most that much.
     """
     problem, weights = optima.problem, objective_weights(lam)
 
@@ -129,36 +133,45 @@ def _minimise_max(optima: ProblemOptima, lam: float) -> Optimum:
     return Optimum(inner.theta, primal, certificate, inner.interior)
 
 
-def _newton(objective: Objective, theta: Array, ridge: float, escape: float) -> Array:
-    """Damped Newton on f + ridge |theta|^2 / 2; gives up beyond |theta| = `escape`."""
+def _newton(objective: Objective, theta: Array, ridge: float) -> Array:
+    """Minimise f + ridge |theta|^2 / 2 by damped Newton steps, to the precision of float64.
+
+    Close to the minimum the decrease of f drowns in rounding and says nothing; from there on a
+    full step is taken as long as it shrinks the gradient.
+    """
 
     def value(point: Array) -> float:
         return float(objective.value(point) + 0.5 * ridge * point @ point)
 
+    def slope(point: Array) -> Array:
+        return objective.gradient(point) + ridge * point
+
     for _ in range(200):
-        gradient = objective.gradient(theta) + ridge * theta
-        if np.linalg.norm(gradient) < 1e-13 or np.linalg.norm(theta) > escape:
-            break
+        gradient, here = slope(theta), value(theta)
         hessian = objective.hessian(theta) + (ridge + 1e-14) * np.eye(len(theta))
         step = cho_solve(cho_factor(hessian), gradient)
-        scale, here, slope = 1.0, value(theta), float(gradient @ step)
-        while scale > 1e-10 and value(theta - scale * step) > here - 1e-4 * scale * slope:
-            scale /= 2
-        if scale <= 1e-10:
-            # No descent is left in float64: one pure Newton step, kept if the gradient shrinks.
-            trial = theta - step
-            shrinks = np.linalg.norm(objective.gradient(trial) + ridge * trial)
-            return trial if shrinks < np.linalg.norm(gradient) else theta
+        decrease = float(gradient @ step)
+        if decrease <= 1e-10 * (1.0 + abs(here)):
+            if np.linalg.norm(slope(theta - step)) >= np.linalg.norm(gradient):
+                break
+            scale = 1.0
+        else:
+            scale = 1.0
+            while value(theta - scale * step) > here - 1e-4 * scale * decrease and scale > 1e-10:
+                scale /= 2
         theta = theta - scale * step
     return theta
 
 
 def _boundary_minimiser(objective: Objective, radius: float) -> Array:
     def solve(log_ridge: float) -> Array:
-        return _newton(objective, np.zeros(objective.dim), float(np.exp(log_ridge)), np.inf)
+        return _newton(objective, np.zeros(objective.dim), float(np.exp(log_ridge)))
 
     def overshoot(log_ridge: float) -> float:
         return float(np.linalg.norm(solve(log_ridge)) - radius)
 
-    theta = solve(float(brentq(overshoot, -30.0, 30.0, xtol=1e-14, rtol=1e-14)))
+    least = -30.0
+    if overshoot(least) > 0.0:
+        least = float(brentq(overshoot, least, 30.0, xtol=1e-14, rtol=1e-14))
+    theta = solve(least)
     return theta * (radius / np.linalg.norm(theta))

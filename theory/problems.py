@@ -69,6 +69,12 @@ def bernoulli(p: float = 0.9, q: float = 0.1, beta: float = 1.0, radius: float =
     for name, value in (("p", p), ("q", q)):
         if not 0.0 < value < 1.0:
             raise ValueError(f"{name} is {value}; it must lie strictly between 0 and 1")
+    minimisers = (np.array([logit(p) / beta]), np.array([logit(q)]))
+    outermost = max(abs(theta.item()) for theta in minimisers)
+    if outermost >= radius:
+        raise ValueError(
+            f"a minimiser lies at |theta| = {outermost:.2f}: radius must exceed it, not {radius}"
+        )
     dpo = LogisticDPO(np.ones((1, 1)), np.array([p]), beta, np.zeros(1))
     sft = SoftmaxSFT(np.array([[[1.0], [0.0]]]), np.array([[q, 1.0 - q]]))
 
@@ -81,7 +87,7 @@ def bernoulli(p: float = 0.9, q: float = 0.1, beta: float = 1.0, radius: float =
         objectives=(dpo, sft),
         radius=radius,
         step_scale=4.0,
-        minimisers=(np.array([logit(p) / beta]), np.array([logit(q)])),
+        minimisers=minimisers,
         mix_gap_limit=limit if beta == 1.0 else None,
     )
 
@@ -93,6 +99,8 @@ def quadratic(dim: int = 5, noise: float = 0.5, distance: float = 2.0, seed: int
     opposite sides of 0. With H = lam H_1 + (1 - lam) H_2 and D = theta_1* - theta_2*, the
     sequential limit (SFT last) is lam^2 D' H_1 H^-1 H_1 D / 2; symmetrically for DPO last.
     """
+    if distance <= 0.0:
+        raise ValueError(f"distance is {distance}; it must be positive")
     rng = generator(seed, Stream.PROBLEM)
     bases = [np.linalg.qr(rng.standard_normal((dim, dim)))[0] for _ in Task]
     matrices = [(basis * np.geomspace(0.5, 2.0, dim)) @ basis.T for basis in bases]
@@ -113,7 +121,7 @@ def quadratic(dim: int = 5, noise: float = 0.5, distance: float = 2.0, seed: int
         name="quadratic",
         objectives=(dpo, sft),
         radius=2.0 * distance,
-        step_scale=0.5,
+        step_scale=1.0,
         minimisers=(dpo.center, sft.center),
         mix_gap_limit=limit,
     )

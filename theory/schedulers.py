@@ -271,9 +271,10 @@ def _one_hot(dpo: NDArray[np.bool_]) -> Array:
 
 
 def _check_lam(lam: ArrayLike) -> None:
-    values = np.asarray(lam, dtype=float)
-    if not np.all((values >= 0.0) & (values <= 1.0)):
-        raise ValueError(f"lam is {values}; it weighs DPO and must lie in [0, 1]")
+    values = np.atleast_1d(np.asarray(lam, dtype=float))
+    outside = values[~((values >= 0.0) & (values <= 1.0))]
+    if outside.size:
+        raise ValueError(f"lam is {outside[0]}; it weighs DPO and must lie in [0, 1]")
 
 
 def _lookup(name: str) -> Callable[..., Scheduler]:

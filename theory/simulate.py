@@ -75,7 +75,8 @@ def simulate(
     """Run projected SGD on `problem` once per entry of `seeds`, all runs in one batch.
 
     The samples of step t of the run with seed s are a pure function of (s, objective, t): runs
-    that share a seed see the same data under every scheduler. `scheduler.runs` must be () or
+    that share a seed see the same data under every scheduler. `scheduler.runs` must be () (then all
+    runs share its decisions: for independent ALRIGHT runs give it one seed per run) or
     (len(seeds),).
     """
     if num_steps < 1:
@@ -83,6 +84,8 @@ def simulate(
     if scheduler.runs not in ((), (len(seeds),)):
         raise ValueError(f"the scheduler has {scheduler.runs} runs, but there are {len(seeds)}")
     record = log_spaced_steps(num_steps) if record_steps is None else np.asarray(record_steps)
+    if record.size == 0 or record[0] < 1 or record[-1] > num_steps or np.any(np.diff(record) < 1):
+        raise ValueError(f"record_steps must increase strictly within 1..{num_steps}")
     loop = _Loop(problem, scheduler, step_size, tuple(int(s) for s in seeds))
     snapshots, decisions, wanted = [], [], set(record.tolist())
     for step in range(num_steps):

@@ -1,0 +1,203 @@
+"""Train one language model on demonstrations and preferences under a schedule.
+
+    python -m llm.run --algo alright                     # offline, embedded model and corpus
+    python -m llm.run --algo maxright --lam 0.5 \\
+        --model_name_or_path EleutherAI/pythia-70m \\
+        --sft_dataset demonstrations.jsonl --dpo_dataset pairs.parquet
+
+Writes into --output_dir (default runs/ALGO): the model and tokenizer as transformers loads them,
+joint_config.json, metrics.jsonl (every log line), schedule.json (every decision, counters) and
+joint_summary.json (the final table).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from llm.callbacks import JsonLines
+from llm.config import PROG, RunConfig, parse, schedule_options
+from llm.optima import Optimum, find_optimum
+from llm.setup import Setup, make_trainer, prepare, total_steps
+from llm.trainer import JointTrainer
+from theory.cli import UserError, run_command
+from theory.metrics import ideal_distance, mix_value
+from theory.records import read_json, write_json
+from theory.schedulers import make_scheduler
+from theory.tasks import Task
+
+CONFIG_FILE, SUMMARY_FILE = "joint_config.json", "joint_summary.json"
+METRICS_FILE, SCHEDULE_FILE = "metrics.jsonl", "schedule.json"
+NOT_PART_OF_A_RUN = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint", "disable_tqdm"}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    config = parse(sys.argv[1:] if argv is None else argv)
+    output_dir = Path(config.output_dir)
+    _claim(output_dir, config)
+    started = time.perf_counter()
+    say = _speaker(config)
+    setup = prepare(config, say)
+    optimum = find_optimum(setup, config, say)
+    trainer, before, after = train(setup, config, optimum)
+    summary = summarise(setup, config, trainer, before, after, optimum)
+    summary["seconds"]["total"] = time.perf_counter() - started
+    if trainer.is_world_process_zero():
+        write_json(output_dir / SCHEDULE_FILE, trainer.state_to_json())
+        write_json(output_dir / SUMMARY_FILE, summary)
+    say(table(summary))
+    say(f"\nwrote the model, {METRICS_FILE}, {SCHEDULE_FILE} and {SUMMARY_FILE} to {output_dir}/")
+
+
+def train(
+    setup: Setup, config: RunConfig, optimum: Optimum | None
+) -> tuple[JointTrainer, dict[str, float], dict[str, float]]:
+    """Train and save; returns the trainer and the held-out values before and after."""
+    num_steps = total_steps(setup, config)
+    extra = {} if optimum is None else {"optimum": optimum}
+    options = schedule_options(config.training, num_steps, **extra)
+    scheduler = make_scheduler(config.training.algo, **options)
+    arguments = replace(config.training, max_steps=num_steps)
+    log = JsonLines(Path(config.output_dir) / METRICS_FILE)
+    name = config.training.algo
+    trainer = make_trainer(
+        setup, config, arguments, scheduler, config.tasks, callbacks=[log], description=name
+    )
+    before = trainer.held_out()
+    trainer.train(resume_from_checkpoint=_checkpoint(arguments))
+    after = trainer.held_out()
+    trainer.save_model()
+    return trainer, before, after
+
+
+def summarise(
+    setup: Setup,
+    config: RunConfig,
+    trainer: JointTrainer,
+    before: Mapping[str, float],
+    after: Mapping[str, float],
+    optimum: Optimum | None,
+) -> dict[str, Any]:
+    """Everything that the final table shows, and more, as plain data."""
+    lam = 0.5 if config.training.lam is None else config.training.lam
+    summary: dict[str, Any] = {
+        "algo": config.training.algo,
+        "scheduler": repr(trainer.scheduler),
+        "lam": lam,
+        "held_out": {"before": dict(before), "after": dict(after)},
+        "optimum": None if optimum is None else dict(zip(("dpo", "sft"), optimum, strict=True)),
+        "steps": {task.label: n for task, n in trainer.steps_taken.items()},
+        "tokens": {task.label: n for task, n in trainer.tokens_seen.items()},
+        "probes": trainer.probes,
+        "rows": {
+            encoded.name: encoded.report.to_json()
+            for part in (setup.train, setup.held_out)
+            for encoded in part.values()
+        },
+        "seconds": {"training": trainer.state.log_history[-1].get("train_runtime")},
+    }
+    for moment, values in (("before", before), ("after", after)):
+        names = [f"{task.label}_loss" for task in Task]
+        if all(name in values for name in names):
+            losses = [values[name] for name in names]
+            point: dict[str, float] = {"f_mix": float(mix_value(losses, lam))}
+            if optimum is not None:
+                point["ideal_distance"] = float(ideal_distance(losses, optimum))
+            summary.setdefault("combined", {})[moment] = point
+    return summary
+
+
+def table(summary: dict[str, Any]) -> str:
+    """The final table, readable in a terminal."""
+    before, after = summary["held_out"]["before"], summary["held_out"]["after"]
+    lines = ["", f"{summary['scheduler']}", ""]
+    lines.append(f"{'held-out':<26}{'before':>10}{'after':>10}{'optimum':>10}{'gap':>10}")
+    for label, unit in (("sft", "nats/token"), ("dpo", "nats/pair")):
+        if f"{label}_loss" not in after:
+            continue
+        cells = [before[f"{label}_loss"], after[f"{label}_loss"]]
+        if summary["optimum"] is not None:
+            best = summary["optimum"][label]
+            cells += [best, cells[1] - best]
+        lines.append(f"{f'f_{label.upper()} ({unit})':<26}" + "".join(f"{c:>10.4f}" for c in cells))
+    combined = summary.get("combined")
+    if combined:
+        for key, name in (
+            ("f_mix", f"f_Mix (lam {summary['lam']:g})"),
+            ("ideal_distance", "ideal distance"),
+        ):
+            if key in combined["after"]:
+                cells = [combined[moment][key] for moment in ("before", "after")]
+                lines.append(f"{name:<26}" + "".join(f"{c:>10.4f}" for c in cells))
+    if "dpo_reward_accuracy" in after:
+        cells = [before["dpo_reward_accuracy"], after["dpo_reward_accuracy"]]
+        lines.append(f"{'reward accuracy':<26}" + "".join(f"{c:>10.4f}" for c in cells))
+    if summary["optimum"] is None:
+        lines.append("no gaps: give --optima estimate, or --optima FILE, to measure them")
+    lines += ["", f"{'trained on':<26}{'steps':>10}{'tokens':>10}"]
+    for label, steps in summary["steps"].items():
+        lines.append(f"{label.upper():<26}{steps:>10}{summary['tokens'][label]:>10}")
+    seconds = summary["seconds"]
+    lines.append(
+        f"probes {summary['probes']}; training {seconds['training']:.1f} s, "
+        f"everything {seconds['total']:.1f} s"
+    )
+    return "\n".join(lines)
+
+
+def _claim(output_dir: Path, config: RunConfig) -> None:
+    """Take the output directory, or refuse to overwrite the results of another run."""
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UserError(f"--output_dir {output_dir} exists and is not a directory")
+    mine = json.loads(json.dumps(_identity(config), default=str))
+    record, done = output_dir / CONFIG_FILE, output_dir / SUMMARY_FILE
+    if done.exists() and not config.training.overwrite_output_dir:
+        theirs = read_json(record) if record.exists() else None
+        if theirs != mine:
+            raise UserError(
+                f"--output_dir {output_dir} holds the results of a run with other settings; "
+                "name another directory or pass --overwrite_output_dir true"
+            )
+    if config.training.process_index == 0:
+        done.unlink(missing_ok=True)
+        if config.training.resume_from_checkpoint is None:
+            (output_dir / METRICS_FILE).unlink(missing_ok=True)
+        write_json(record, mine)
+
+
+def _identity(config: RunConfig) -> dict[str, Any]:
+    training = config.training.to_dict()
+    kept = {key: value for key, value in training.items() if key not in NOT_PART_OF_A_RUN}
+    return {"model": asdict(config.model), "data": asdict(config.data), "training": kept}
+
+
+def _checkpoint(arguments: TrainingArguments) -> str | None:
+    """The checkpoint to resume from; `--resume_from_checkpoint true` means the newest."""
+    wanted = arguments.resume_from_checkpoint
+    if wanted is None or str(wanted).lower() == "false":
+        return None
+    if str(wanted).lower() != "true":
+        if not Path(wanted).is_dir():
+            raise UserError(f"--resume_from_checkpoint {wanted} is not a directory")
+        return str(wanted)
+    newest = get_last_checkpoint(arguments.output_dir)
+    if newest is None:
+        raise UserError(f"--resume_from_checkpoint true: no checkpoint in {arguments.output_dir}")
+    return newest
+
+
+def _speaker(config: RunConfig) -> Any:
+    """Print on the main process only."""
+    return print if config.training.process_index == 0 else lambda *_: None
+
+
+if __name__ == "__main__":
+    run_command(main, PROG)

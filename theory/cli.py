@@ -1,0 +1,55 @@
+"""What the commands share: one clear line for a user's mistake, and a non-zero exit."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+
+class UserError(ValueError):
+    """A mistake of the user; its message is one line that says what would be right."""
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+def run_command(main: Callable[[], None], prog: str) -> NoReturn:
+    """Run `main` and exit: 0 if it returns, 1 and one line for a `ValueError` or `OSError`."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        line = " ".join(str(error).split())
+        sys.exit(f"{prog}: error: {line}")
+    except KeyboardInterrupt:
+        sys.stderr.write(f"\n{prog}: interrupted\n")
+        sys.exit(130)
+    sys.exit(0)
+
+
+def positive_int(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive integer")
+    return value
+
+
+def unit_float(text: str) -> float:
+    """A number in [0, 1]."""
+    value = float(text)
+    if not 0.0 <= value <= 1.0:
+        raise argparse.ArgumentTypeError(f"{text} does not lie in [0, 1]")
+    return value
+
+
+def check_output_dir(path: Path) -> None:
+    """Fail before the work starts if `path` cannot become a directory."""
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--out {path} exists and is not a directory")
+    path.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,85 @@
+"""The numbers the paper reports, from losses and optima; shared by `theory` and `llm`.
+
+With w = (lam, 1 - lam), the optimality gaps delta_i = f_i - f_i*, and h_i = w_i delta_i:
+
+    f_Mix = w . f,   G_Mix = f_Mix - min f_Mix          (mix_gap)
+    f_Max = max h_i, G_Max = f_Max - min f_Max          (max_gap)
+    ID    = sqrt(delta_DPO^2 + delta_SFT^2)             (ideal_distance)
+
+Arrays of losses have (DPO, SFT) on the last axis. ID cannot reach 0 under conflict.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.stats import t as student_t
+
+from theory.optima import ProblemOptima
+from theory.schedulers import objective_weights
+from theory.tasks import Task
+
+Array = NDArray[np.float64]
+
+
+def optimality_gaps(losses: ArrayLike, optimum: ArrayLike) -> Array:
+    """delta = f - f*, shape (..., 2)."""
+    return np.asarray(losses, dtype=float) - np.asarray(optimum, dtype=float)
+
+
+def ideal_distance(losses: ArrayLike, optimum: ArrayLike) -> Array:
+    """Euclidean distance of (f_DPO, f_SFT) to the ideal point (f_DPO*, f_SFT*)."""
+    return np.linalg.norm(optimality_gaps(losses, optimum), axis=-1)
+
+
+def mix_value(losses: ArrayLike, lam: ArrayLike) -> Array:
+    """f_Mix = lam f_DPO + (1 - lam) f_SFT."""
+    return np.sum(objective_weights(lam) * np.asarray(losses, dtype=float), axis=-1)
+
+
+def max_value(losses: ArrayLike, optimum: ArrayLike, lam: ArrayLike) -> Array:
+    """f_Max = max_i w_i (f_i - f_i*)."""
+    return np.max(objective_weights(lam) * optimality_gaps(losses, optimum), axis=-1)
+
+
+def convex_metrics(optima: ProblemOptima, theta: Array, lam: float) -> dict[str, Array]:
+    """Every metric at points theta (..., d) of a convex problem, each of shape (...)."""
+    losses = optima.problem.losses(theta)
+    return {
+        "f_dpo": losses[..., Task.DPO],
+        "f_sft": losses[..., Task.SFT],
+        "mix_gap": mix_value(losses, lam) - optima.mix(lam).value,
+        "max_gap": max_value(losses, optima.values, lam) - optima.max(lam).value,
+        "ideal_distance": ideal_distance(losses, optima.values),
+    }
+
+
+def sequential_limit(optima: ProblemOptima, last: Task, lam: float) -> tuple[float, str]:
+    """G_Mix where sequential training ends for T -> infinity, and where the number comes from.
+
+    The limit is G_Mix(theta*_last): the last stage converges to the minimiser of its own objective
+    from wherever it starts (unique minimiser; arXiv 2410.15483, lower bound).
+    """
+    problem = optima.problem
+    if problem.mix_gap_limit is not None:
+        return problem.mix_gap_limit(last, lam), "closed form"
+    theta = optima.single[last].theta
+    return float(convex_metrics(optima, theta, lam)["mix_gap"]), "certified"
+
+
+class Interval(NamedTuple):
+    mean: float
+    low: float
+    high: float
+
+
+def mean_interval(values: ArrayLike, level: float = 0.95) -> Interval:
+    """Mean with Student's t interval over independent seeds; infinite with a single value."""
+    values = np.asarray(values, dtype=float)
+    mean = float(values.mean())
+    if len(values) < 2:
+        return Interval(mean, -np.inf, np.inf)
+    half = student_t.ppf(0.5 + level / 2, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
+    return Interval(mean, float(mean - half), float(mean + half))

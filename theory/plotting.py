@@ -1,0 +1,109 @@
+"""Figures from records: numbers in, Figure out. Nothing here simulates or reads arguments.
+
+Colours are Okabe and Ito's (distinct under every common colour blindness); an algorithm has the
+same colour, marker and label in every figure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+COLOURS = {
+    "dpo_then_sft": "#D55E00",
+    "sft_then_dpo": "#E69F00",
+    "mix": "#0072B2",
+    "alright": "#009E73",
+    "maxright": "#CC79A7",
+}
+MARKERS = {"dpo_then_sft": "v", "sft_then_dpo": "^", "mix": "s", "alright": "o", "maxright": "D"}
+LABELS = {
+    "dpo_then_sft": "DPO then SFT",
+    "sft_then_dpo": "SFT then DPO",
+    "mix": "Mix",
+    "alright": "ALRIGHT",
+    "maxright": "MAXRIGHT",
+}
+GAP_NAMES = {"mix_gap": r"$G_{\mathrm{Mix}}$", "max_gap": r"$G_{\mathrm{Max}}$"}
+STYLE: dict[Any, Any] = {
+    "font.size": 8,
+    "axes.titlesize": 8.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "lines.linewidth": 1.3,
+    "lines.markersize": 3.2,
+    "legend.frameon": False,
+    "svg.hashsalt": "joint-sft-dpo",
+}
+
+
+def middle(lams: Sequence[float]) -> float:
+    """The lam closest to 1/2: the one that a single figure shows."""
+    return min(lams, key=lambda lam: abs(lam - 0.5))
+
+
+def gap_figure(
+    groups: pd.DataFrame, references: dict[str, Any], lam: float, even_split: float
+) -> tuple[Figure, list[dict[str, Any]]]:
+    """G_Mix (top) and G_Max (bottom) against T, one column per problem, and the numbers drawn."""
+    rows = groups[(groups["iterate"] == "weighted") & (groups["lam"] == lam)]
+    problems = list(references)
+    numbers: list[dict[str, Any]] = []
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(1.0 + 1.75 * len(problems), 4.5), layout="constrained")
+        axes = figure.subplots(2, len(problems), sharex=True, squeeze=False)
+        for column, problem in enumerate(problems):
+            table = rows[rows["problem"] == problem]
+            limits = references[problem]["lam"][f"{lam:g}"]["sequential_limit"]
+            for axis, metric in zip(axes[:, column], GAP_NAMES, strict=True):
+                numbers += _draw_panel(axis, table, metric, even_split)
+            for order, limit in limits.items():
+                axes[0, column].axhline(limit["mix_gap"], color=COLOURS[order], lw=0.8, ls=":")
+            axes[0, column].set_title(problem)
+            axes[1, column].set_xlabel("steps $T$")
+        for axis, name in zip(axes[:, 0], GAP_NAMES.values(), strict=True):
+            axis.set_ylabel(name)
+        handles, _ = axes[0, 0].get_legend_handles_labels()
+        for style, label in (("--", "best split, in hindsight"), (":", "limit of sequential")):
+            handles.append(Line2D([], [], color="0.4", lw=0.9, ls=style, label=label))
+        figure.legend(handles=handles, loc="outside upper center", ncols=4, columnspacing=1.2)
+    return figure, numbers
+
+
+def _draw_panel(
+    axis: Axes, table: pd.DataFrame, metric: str, even_split: float
+) -> list[dict[str, Any]]:
+    numbers = []
+    for key, colour in COLOURS.items():
+        sequential = key.endswith(("then_sft", "then_dpo"))
+        rows = table[table["variant"].str.startswith(key) if sequential else table.algorithm == key]
+        if sequential:
+            _draw_tuned(axis, rows, metric, colour)
+            rows = rows[rows["split"] == even_split]
+        rows = rows.sort_values("step")
+        mean, low, high = np.array([list(interval) for interval in rows[metric]]).T
+        axis.plot(rows["step"], mean, color=colour, marker=MARKERS[key], label=LABELS[key])
+        axis.fill_between(rows["step"], low, high, color=colour, alpha=0.25, lw=0)
+        numbers += [
+            {"problem": rows["problem"].iloc[0], "metric": metric, "line": key, "step": int(s)}
+            | {"mean": m, "low": lo, "high": hi}
+            for s, m, lo, hi in zip(rows["step"], mean, low, high, strict=True)
+        ]
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.grid(alpha=0.25, lw=0.5)
+    return numbers
+
+
+def _draw_tuned(axis: Axes, rows: pd.DataFrame, metric: str, colour: str) -> None:
+    """The best split at each T, chosen in hindsight: what tuning can save of sequential."""
+    means = rows.assign(mean=[interval.mean for interval in rows[metric]])
+    best = means.groupby("step")["mean"].min()
+    axis.plot(best.index, best, color=colour, ls="--", lw=0.9)

@@ -1,0 +1,56 @@
+"""Writing what an experiment leaves: every file appears whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write `data` as indented JSON; NaN and infinities become null, which JSON can hold."""
+    text = json.dumps(_finite(data), indent=1, allow_nan=False) + "\n"
+    _replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_parquet(path: Path, frame: pd.DataFrame) -> None:
+    _replace(path, lambda temporary: frame.to_parquet(temporary, index=False))
+
+
+def _replace(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write next to `path` and rename: a reader, or a killed run, never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Save a matplotlib figure as PNG (200 dpi) and SVG under `path` without its suffix."""
+    # No date in the SVG: the same numbers give the same bytes.
+    for suffix, metadata in (("png", {}), ("svg", {"Date": None})):
+        save = partial(figure.savefig, format=suffix, dpi=200, metadata=metadata)
+        _replace(path.with_suffix(f".{suffix}"), save)
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    if isinstance(data, float) and not math.isfinite(data):
+        return None
+    return data
