@@ -110,7 +110,7 @@ def test_losses_are_the_objectives_in_task_order_and_f_mix_their_mean(instance: 
 @given(PROBABILITIES, PROBABILITIES, st.floats(0.2, 2.0), st.floats(-4.0, 4.0))
 def test_bernoulli_gaps_are_kl_divergences(p: float, q: float, beta: float, theta: float) -> None:
     """delta_DPO = KL(p || sigmoid(beta theta)), delta_SFT = KL(q || sigmoid(theta))."""
-    problem = bernoulli(p, q, beta)
+    problem = bernoulli(p, q, beta, radius=100.0)
     losses = problem.losses(np.array([theta]))
     entropies = [-a * np.log(a) - (1 - a) * np.log(1 - a) for a in (p, q)]
     divergences = [bernoulli_kl(p, expit(beta * theta)), bernoulli_kl(q, expit(theta))]
@@ -155,7 +155,7 @@ def test_bernoulli_sequential_limits_obey_the_pinsker_lower_bound(
 
 
 def test_bernoulli_limit_is_claimed_for_beta_1_only() -> None:
-    assert bernoulli(beta=0.5).mix_gap_limit is None
+    assert bernoulli(beta=0.5, radius=6.0).mix_gap_limit is None
 
 
 @pytest.mark.parametrize("parameters", [{"p": 0.99}, {"q": 0.001}, {"p": 0.9, "beta": 0.5}])

@@ -99,8 +99,8 @@ def quadratic(dim: int = 5, noise: float = 0.5, distance: float = 2.0, seed: int
     opposite sides of 0. With H = lam H_1 + (1 - lam) H_2 and D = theta_1* - theta_2*, the
     sequential limit (SFT last) is lam^2 D' H_1 H^-1 H_1 D / 2; symmetrically for DPO last.
     """
-    if distance <= 0.0:
-        raise ValueError(f"distance is {distance}; it must be positive")
+    if distance < 0.0:
+        raise ValueError(f"distance is {distance}; it must not be negative")
     rng = generator(seed, Stream.PROBLEM)
     bases = [np.linalg.qr(rng.standard_normal((dim, dim)))[0] for _ in Task]
     matrices = [(basis * np.geomspace(0.5, 2.0, dim)) @ basis.T for basis in bases]
@@ -120,7 +120,7 @@ def quadratic(dim: int = 5, noise: float = 0.5, distance: float = 2.0, seed: int
     return Problem(
         name="quadratic",
         objectives=(dpo, sft),
-        radius=2.0 * distance,
+        radius=2.0 * max(distance, 1.0),
         step_scale=1.0,
         minimisers=(dpo.center, sft.center),
         mix_gap_limit=limit,
