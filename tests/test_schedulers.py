@@ -47,7 +47,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "sequential": {"first_steps": 7, "order": "sft_then_dpo"},
     "mix": {"lam": 0.3},
     "alright": {"lam": 0.3, "seed": 5},
-    "maxright": {"lam": 0.3, "optimum": (0.1, 0.2), "refresh_every": 3, "scale_steps": True},
+    "maxright": {
+        "lam": 0.3,
+        "optimum": (0.1, 0.2),
+        "refresh_every": 3,
+        "scale_steps": True,
+        "value_ema": 0.5,
+    },
+    "importance": {"lam": 0.3, "dpo_probability": 0.6, "seed": 5},
+    "alternate": {"lam": 0.3, "cycle": 10},
     "dpo": {},
     "sft": {},
 }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import math
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -34,22 +36,29 @@ def run_command(main: Callable[[], None], prog: str) -> NoReturn:
 
 
 def positive_int(text: str) -> int:
-    value = int(text)
-    if value < 1:
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
         raise argparse.ArgumentTypeError(f"{text} is not a positive integer")
-    return value
+    return int(text)
 
 
 def unit_float(text: str) -> float:
     """A number in [0, 1]."""
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not 0.0 <= value <= 1.0:
-        raise argparse.ArgumentTypeError(f"{text} does not lie in [0, 1]")
+        raise argparse.ArgumentTypeError(f"{text} is not a number in [0, 1]")
     return value
 
 
 def check_output_dir(path: Path) -> None:
-    """Fail before the work starts if `path` cannot become a directory."""
+    """Fail before the work starts if `path` cannot become a directory to write into."""
     if path.exists() and not path.is_dir():
         raise UserError(f"--out {path} exists and is not a directory")
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {path} cannot be created: {error.strerror}") from error
+    if not os.access(path, os.W_OK):
+        raise UserError(f"--out {path} is not a directory that you may write into")

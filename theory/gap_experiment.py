@@ -15,28 +15,35 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from joblib import Parallel, delayed
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from theory import plotting
 from theory.cli import OneLineParser, check_output_dir, positive_int, run_command, unit_float
-from theory.metrics import convex_metrics, mean_interval, sequential_limit
+from theory.metrics import sequential_limit
 from theory.optima import Optimum, ProblemOptima
 from theory.problems import PROBLEMS, make_problem
 from theory.records import save_figure, write_json, write_parquet
-from theory.schedulers import ORDERS, Scheduler, Sequential, make_scheduler
-from theory.simulate import ITERATES, StepSize, Trace, log_spaced_steps, simulate
-from theory.tasks import Task
+from theory.schedulers import ORDERS
+from theory.simulate import log_spaced_steps
+from theory.sweep import (
+    COUNTS,
+    KEYS,
+    METRICS,
+    Batch,
+    Variant,
+    discard_parts,
+    run_sweep,
+    summarise,
+)
 
 JOINT = ("mix", "alright", "maxright")
-METRICS = ("f_dpo", "f_sft", "mix_gap", "max_gap", "ideal_distance")
-KEYS = ["problem", "algorithm", "variant", "split", "lam", "step", "iterate"]
+GROUPS = (*KEYS[:3], "split", *KEYS[3:])
 EVEN_SPLIT = 0.5
 """The split of the untuned sequential runs: half of the budget for each objective."""
 
@@ -62,140 +69,55 @@ class GapConfig:
         return log_spaced_steps(self.num_steps, per_decade=2)
 
 
-@dataclass(frozen=True)
-class Job:
-    """One problem under one algorithm (one order, if sequential): a unit of parallel work."""
+def batches(config: GapConfig) -> list[Batch]:
+    """The work of the experiment, the dear part first: later problems are larger."""
+    return [
+        batch
+        for problem in reversed(config.problems)
+        for batch in (*_joint(config, problem), *_sequential(config, problem))
+    ]
 
-    config: GapConfig
-    problem: str
-    algorithm: str
-    order: str = ""
 
-    @property
-    def steps(self) -> int:
-        """Loop iterations: what the progress bar counts."""
-        return int(self.config.horizons.sum()) if self.order else self.config.num_steps
-
-    def run(self) -> pd.DataFrame:
-        optima = ProblemOptima(make_problem(self.problem))
-        frames = self._sequential(optima) if self.order else self._joint(optima)
-        return pd.concat(frames, ignore_index=True).assign(
-            problem=self.problem, algorithm=self.algorithm
+def _joint(config: GapConfig, problem: str) -> Iterator[Batch]:
+    period = {"refresh_every": config.refresh_every}
+    for algorithm in reversed(JOINT):
+        maxright = algorithm == "maxright"
+        yield Batch(
+            problem,
+            algorithm,
+            config.lams,
+            config.seeds,
+            config.num_steps,
+            options=period if maxright else {},
+            variants=(Variant(f"refresh_every={config.refresh_every}" if maxright else ""),),
         )
 
-    def _joint(self, optima: ProblemOptima) -> Iterator[pd.DataFrame]:
-        seeds = self.config.seeds
-        lams = np.repeat(self.config.lams, len(seeds))
-        scheduler = self._scheduler(optima, tuple(lams.tolist()), seeds * len(self.config.lams))
-        trace = _simulate(optima, scheduler, seeds * len(self.config.lams), self.config.num_steps)
-        variant = f"refresh_every={self.config.refresh_every}" * (self.algorithm == "maxright")
-        for lam in self.config.lams:
-            yield _rows(optima, trace, np.flatnonzero(lams == lam), lam, seeds).assign(
-                variant=variant, split=np.nan
-            )
 
-    def _scheduler(
-        self, optima: ProblemOptima, lams: tuple[float, ...], seeds: tuple[int, ...]
-    ) -> Scheduler:
-        options: dict[str, Any] = {"lam": lams}
-        if self.algorithm == "alright":
-            options["seed"] = seeds
-        if self.algorithm == "maxright":
-            options |= {"optimum": optima.values, "refresh_every": self.config.refresh_every}
-        return make_scheduler(self.algorithm, **options)
-
-    def _sequential(self, optima: ProblemOptima) -> Iterator[pd.DataFrame]:
-        seeds = self.config.seeds
-        splits = np.repeat(self.config.splits, len(seeds))
-        for horizon in self.config.horizons.tolist():
-            first_steps = np.clip(np.round(splits * horizon), 1, horizon - 1).astype(int)
-            scheduler = Sequential(tuple(first_steps.tolist()), self.order)
-            runs = seeds * len(self.config.splits)
-            trace = _simulate(optima, scheduler, runs, horizon, [horizon])
-            for split in self.config.splits:
-                chosen = np.flatnonzero(splits == split)
-                for lam in self.config.lams:
-                    yield _rows(optima, trace, chosen, lam, seeds).assign(
-                        variant=f"{self.order}, split={split:g}", split=split
-                    )
+def _sequential(config: GapConfig, problem: str) -> Iterator[Batch]:
+    for order, horizon in product(ORDERS, config.horizons.tolist()):
+        yield Batch(
+            problem,
+            "sequential",
+            config.lams,
+            config.seeds,
+            horizon,
+            options={"order": order},
+            variants=tuple(_split(order, split, horizon) for split in config.splits),
+            record_steps=(horizon,),
+        )
 
 
-def _simulate(
-    optima: ProblemOptima,
-    scheduler: Scheduler,
-    seeds: tuple[int, ...],
-    num_steps: int,
-    record_steps: list[int] | None = None,
-) -> Trace:
-    return simulate(
-        optima.problem,
-        scheduler,
-        num_steps=num_steps,
-        step_size=StepSize(optima.problem.step_scale),
-        seeds=seeds,
-        record_steps=record_steps,
-    )
+def _split(order: str, split: float, horizon: int) -> Variant:
+    first_steps = min(max(round(split * horizon), 1), horizon - 1)
+    name = f"{order}, split={split:g}"
+    return Variant(name, {"first_steps": first_steps}, {"split": split})
 
 
-def _rows(
-    optima: ProblemOptima,
-    trace: Trace,
-    chosen: NDArray[np.intp],
-    lam: float,
-    seeds: tuple[int, ...],
-) -> pd.DataFrame:
-    """One row per recorded step, run of `chosen` and iterate."""
-    shape = (len(ITERATES), len(trace.steps), len(seeds))
-    theta = np.stack([trace.theta[iterate][:, chosen] for iterate in ITERATES])
-    counts = {
-        "dpo_gradients": trace.gradients[:, chosen, Task.DPO],
-        "sft_gradients": trace.gradients[:, chosen, Task.SFT],
-        "probes": trace.probes[:, chosen].sum(axis=-1),
-    }
-    keys = {
-        "iterate": np.array(ITERATES)[:, None, None],
-        "step": trace.steps[:, None],
-        "seed": np.array(seeds),
-    }
-    columns = keys | convex_metrics(optima, theta, lam) | counts
-    flat = {name: np.broadcast_to(values, shape).ravel() for name, values in columns.items()}
-    return pd.DataFrame(flat).assign(lam=lam)
-
-
-def run_experiment(config: GapConfig, jobs: int = 2) -> pd.DataFrame:
+def run_experiment(config: GapConfig, jobs: int = 2, parts: Path | None = None) -> pd.DataFrame:
     """All runs, one row per problem, algorithm, variant, lam, seed, step and iterate."""
-    work = [
-        Job(config, problem, algorithm, order)
-        for problem in config.problems
-        for algorithm, order in [(a, "") for a in JOINT] + [("sequential", o) for o in ORDERS]
-    ]
-    # The dear jobs first (later problems are larger, MAXRIGHT evaluates them in full).
-    work.sort(key=lambda job: (-config.problems.index(job.problem), job.algorithm != "maxright"))
-    with tqdm(total=sum(job.steps for job in work), unit="step", unit_scale=True) as bar:
-        parallel = Parallel(n_jobs=jobs, return_as="generator_unordered")
-        frames = []
-        for steps, frame in parallel(delayed(_timed)(job) for job in work):
-            frames.append(frame)
-            bar.update(steps)
-    columns = [*KEYS[:-2], "seed", *KEYS[-2:], *METRICS, "dpo_gradients", "sft_gradients", "probes"]
-    results = pd.concat(frames, ignore_index=True)[columns]
-    return results.sort_values([*KEYS, "seed"], ignore_index=True)
-
-
-def _timed(job: Job) -> tuple[int, pd.DataFrame]:
-    return job.steps, job.run()
-
-
-def summarise(results: pd.DataFrame) -> pd.DataFrame:
-    """Mean and 95% interval over seeds of every metric, one row per group of `KEYS`."""
-
-    def group(frame: pd.DataFrame) -> pd.Series[Any]:
-        intervals = {metric: mean_interval(frame[metric]) for metric in METRICS}
-        counts = frame[["dpo_gradients", "sft_gradients", "probes"]].mean()
-        return pd.Series(intervals | counts.to_dict() | {"seeds": len(frame)})
-
-    grouped = results.groupby(KEYS, dropna=False, sort=False)
-    return grouped.apply(group, include_groups=False).reset_index()
+    results = run_sweep(batches(config), jobs=jobs, parts=parts)
+    columns = [*KEYS[:3], "split", "lam", "seed", *KEYS[4:], *METRICS, *COUNTS]
+    return results[columns].sort_values([*GROUPS, "seed"], ignore_index=True)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -209,18 +131,29 @@ def main(argv: list[str] | None = None) -> None:
     )
     out = Path(arguments.out)
     check_output_dir(out)
-    results = run_experiment(config, arguments.jobs)
-    groups = summarise(results)
+    parts = out / "parts"
+    results = run_experiment(config, arguments.jobs, parts)
+    groups = summarise(results, GROUPS)
     limits = reference_values(config)
-    print(report(config, groups, limits))
     write_json(out / "config.json", asdict(config))
     write_parquet(out / "results.parquet", results)
     write_json(out / "summary.json", summary(config, groups, limits))
     figure, numbers = plotting.gap_figure(groups, limits, plotting.middle(config.lams), EVEN_SPLIT)
     save_figure(figure, out / "gap")
-    command = f"python -m theory.gap_experiment --steps {config.num_steps}"
-    write_json(out / "gap.json", {"command": command, "config": asdict(config), "panels": numbers})
+    sidecar = {"command": command(config), "config": asdict(config), "panels": numbers}
+    write_json(out / "gap.json", sidecar)
+    print(report(config, groups, limits))
+    discard_parts(parts)
     print(f"\nwrote config.json, results.parquet, summary.json and gap.png/.svg/.json to {out}/")
+
+
+def command(config: GapConfig) -> str:
+    """The command line that reproduces the results."""
+    return (
+        f"python -m theory.gap_experiment --problem {' '.join(config.problems)} "
+        f"--lam {' '.join(map(str, config.lams))} --steps {config.num_steps} "
+        f"--seeds {config.num_seeds} --refresh_every {config.refresh_every}"
+    )
 
 
 def reference_values(config: GapConfig) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """The compiled inner loops: one stochastic gradient per run, one projected step per run.
 
 Each kernel loops over runs r and touches run r's numbers only: results do not depend on which runs
-share a batch. Arguments are as in `objectives.StochasticObjective.add_stochastic_gradient`.
+share a batch. Sums may be reassociated for vector units (the only liberties of `fastmath` taken are
+that and fused multiply-add), so the last bits may differ between processors, not between runs.
+Arguments are as in `objectives.StochasticObjective.add_stochastic_gradient`.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import numpy as np
 from numba import njit
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, fastmath={"reassoc", "contract"})
 def quadratic(
     theta, weights, column, draws, seed_index, offset, matrix, center, noise, out, losses
 ):
@@ -34,7 +36,7 @@ def quadratic(
         losses[r, column] = loss
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, fastmath={"reassoc", "contract"})
 def logistic(
     theta, weights, column, draws, seed_index, offset, rows, shift, preference, out, losses
 ):
@@ -61,7 +63,7 @@ def logistic(
             out[r, j] += scale * rows[i, j]
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, fastmath={"reassoc", "contract"})
 def softmax(theta, weights, column, draws, seed_index, offset, features, cumulative, out, losses):
     """Prompt x = floor(n u_0), response y from q(.|x) by inversion of u_1, loss = -log pi(y|x)."""
     runs, dim = theta.shape
@@ -96,7 +98,7 @@ def softmax(theta, weights, column, draws, seed_index, offset, features, cumulat
                 out[r, j] += scale * features[x, k, j]
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, fastmath={"reassoc", "contract"})
 def projected_step(theta, gradient, weights, alpha, radius, uniform_sum, weighted_sum, counts):
     """Add theta_t to the averages, then theta <- P(theta - alpha gradient); clear the gradient.
 

@@ -11,6 +11,7 @@ Arrays of losses have (DPO, SFT) on the last axis. ID cannot reach 0 under confl
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -78,8 +79,19 @@ class Interval(NamedTuple):
 def mean_interval(values: ArrayLike, level: float = 0.95) -> Interval:
     """Mean with Student's t interval over independent seeds; infinite with a single value."""
     values = np.asarray(values, dtype=float)
-    mean = float(values.mean())
-    if len(values) < 2:
+    spread = values.std(ddof=1) if len(values) > 1 else np.nan
+    return t_interval(values.mean(), spread, len(values), level)
+
+
+def t_interval(mean: float, spread: float, count: int, level: float = 0.95) -> Interval:
+    """The same from the mean, the sample standard deviation and the number of values."""
+    mean = float(mean)
+    if count < 2:
         return Interval(mean, -np.inf, np.inf)
-    half = student_t.ppf(0.5 + level / 2, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
-    return Interval(mean, float(mean - half), float(mean + half))
+    half = _t_quantile(0.5 + level / 2, count - 1) * float(spread) / count**0.5
+    return Interval(mean, mean - half, mean + half)
+
+
+@lru_cache(maxsize=64)
+def _t_quantile(probability: float, freedom: int) -> float:
+    return float(student_t.ppf(probability, freedom))

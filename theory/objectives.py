@@ -74,6 +74,10 @@ class StochasticObjective(ABC):
     @abstractmethod
     def hessian(self, theta: Array) -> Array: ...
 
+    def value_and_gradient(self, theta: Array) -> tuple[Array, Array]:
+        """f and grad f at once, where sharing the work pays."""
+        return self.value(theta), self.gradient(theta)
+
     @abstractmethod
     def constants(self, radius: float) -> Constants:
         """M, L and mu on the ball of radius `radius`."""
@@ -245,19 +249,31 @@ class SoftmaxSFT(StochasticObjective):
         return np.cumsum(self.labels, axis=1)
 
     def value(self, theta: Array) -> Array:
-        # mean_x logsumexp_y(theta . phi) - theta . E_q phi. Exact MAXRIGHT spends its time here, so
-        # the log-sum-exp runs in place over the leading axis of (responses, prompts, points).
+        return self._evaluate(theta)[0]
+
+    def gradient(self, theta: Array) -> Array:
+        return self.value_and_gradient(theta)[1]
+
+    def value_and_gradient(self, theta: Array) -> tuple[Array, Array]:
+        value, unnormalised = self._evaluate(theta)
+        unnormalised /= unnormalised.sum(axis=0)
+        policy = unnormalised.reshape(len(self._by_response), -1)
+        moment = (self._by_response.T @ policy).T / len(self.features)
+        return value, moment.reshape(theta.shape) - self._demonstrated
+
+    def _evaluate(self, theta: Array) -> tuple[Array, Array]:
+        """mean_x logsumexp_y(theta . phi) - theta . E_q phi, and exp(logits - peak).
+
+        Exact MAXRIGHT spends its time here, so the log-sum-exp runs in place over the leading
+        axis of (responses, prompts, points).
+        """
         points = theta.reshape(-1, self.dim)
         logits = (self._by_response @ points.T).reshape(*self.labels.T.shape, len(points))
         peak = logits.max(axis=0)
         logits -= peak
         np.exp(logits, out=logits)
         log_normaliser = (np.log(logits.sum(axis=0)) + peak).mean(axis=0)
-        return log_normaliser.reshape(theta.shape[:-1]) - theta @ self._demonstrated
-
-    def gradient(self, theta: Array) -> Array:
-        moment = np.einsum("...xy,xyd->...d", self._policy(theta), self.features, optimize=True)
-        return moment / len(self.features) - self._demonstrated
+        return log_normaliser.reshape(theta.shape[:-1]) - theta @ self._demonstrated, logits
 
     def _policy(self, theta: Array) -> Array:
         """pi_theta(y|x), shape (..., prompts, responses)."""

@@ -40,7 +40,6 @@ STYLE: dict[Any, Any] = {
     "lines.linewidth": 1.3,
     "lines.markersize": 3.2,
     "legend.frameon": False,
-    "svg.hashsalt": "joint-sft-dpo",
 }
 
 
@@ -57,7 +56,8 @@ def gap_figure(
     problems = list(references)
     numbers: list[dict[str, Any]] = []
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(1.0 + 1.75 * len(problems), 4.5), layout="constrained")
+        width = max(3.4, 1.0 + 1.75 * len(problems))
+        figure = Figure(figsize=(width, 4.5), layout="constrained")
         axes = figure.subplots(2, len(problems), sharex=True, squeeze=False)
         for column, problem in enumerate(problems):
             table = rows[rows["problem"] == problem]
@@ -73,7 +73,8 @@ def gap_figure(
         handles, _ = axes[0, 0].get_legend_handles_labels()
         for style, label in (("--", "best split, in hindsight"), (":", "limit of sequential")):
             handles.append(Line2D([], [], color="0.4", lw=0.9, ls=style, label=label))
-        figure.legend(handles=handles, loc="outside upper center", ncols=4, columnspacing=1.2)
+        ncols = min(4, len(problems) + 1)  # as many as the figure is wide enough for
+        figure.legend(handles=handles, loc="outside upper center", ncols=ncols, columnspacing=1.2)
     return figure, numbers
 
 

@@ -26,6 +26,8 @@ class Stream(IntEnum):
     PROBLEM = 3
     DPO_ORDER = 4
     SFT_ORDER = 5
+    DPO_PROBE = 6
+    SFT_PROBE = 7
 
 
 def generator(seed: int, stream: Stream, block: int = 0) -> np.random.Generator:

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import pandas as pd
 
 
@@ -40,10 +41,11 @@ def _replace(path: Path, write: Callable[[Path], Any]) -> None:
 
 def save_figure(figure: Any, path: Path) -> None:
     """Save a matplotlib figure as PNG (200 dpi) and SVG under `path` without its suffix."""
-    # No date in the SVG: the same numbers give the same bytes.
-    for suffix, metadata in (("png", {}), ("svg", {"Date": None})):
-        save = partial(figure.savefig, format=suffix, dpi=200, metadata=metadata)
-        _replace(path.with_suffix(f".{suffix}"), save)
+    # No date and no random ids in the SVG: the same numbers give the same bytes.
+    with mpl.rc_context({"svg.hashsalt": "joint-sft-dpo"}):
+        for suffix, metadata in (("png", {}), ("svg", {"Date": None})):
+            save = partial(figure.savefig, format=suffix, dpi=200, metadata=metadata)
+            _replace(path.with_suffix(f".{suffix}"), save)
 
 
 def _finite(data: Any) -> Any:

@@ -10,7 +10,8 @@ weight of zero means: draw no batch, run no backward. The same objects drive `th
 (many runs at once: `lam`, `seed` and `first_steps` may hold one entry per run) and the language
 model trainer in `llm` (one run). State lives outside, is plain data and goes into a checkpoint.
 
-Source of the algorithms: arXiv 2410.15483 (sequential, Mix, ALRIGHT, MAXRIGHT).
+Source of the algorithms: arXiv 2410.15483 (sequential, Mix, ALRIGHT, MAXRIGHT); importance
+sampling, block alternation and the averaged values of MAXRIGHT go beyond the paper.
 """
 
 from __future__ import annotations
@@ -151,17 +152,73 @@ class Alright(Scheduler):
 
     def __post_init__(self) -> None:
         _check_lam(self.lam)
-        if _runs(self.seed) not in ((), _runs(self.lam)):
-            raise ValueError("seed needs one entry, or as many as lam")
+        _check_seed(self.seed, self.lam)
 
     @property
     def runs(self) -> tuple[int, ...]:
         return _runs(self.lam)
 
     def select(self, state: ScheduleState, probe: Probe) -> tuple[Array, ScheduleState]:
-        seeds = self.seed if isinstance(self.seed, tuple) else (self.seed,)
-        draw = uniform_at(seeds, Stream.DECISION, state.step)
-        return _one_hot((draw < _weights(self.lam)[..., Task.DPO]).reshape(self.runs)), state
+        probability = _weights(self.lam)[..., Task.DPO]
+        return _draw(self.seed, state.step, probability, self.runs), state
+
+
+@dataclass(frozen=True)
+class Importance(Scheduler):
+    """ALRIGHT with importance sampling: draw DPO with probability p, weigh the step by w_i / p_i.
+
+    Unbiased for grad f_Mix whatever p in (0, 1); p = lam is ALRIGHT. Draws as in `Alright`.
+    """
+
+    lam: float | tuple[float, ...]
+    dpo_probability: float | tuple[float, ...]
+    seed: int | tuple[int, ...] = 0
+
+    def __post_init__(self) -> None:
+        _check_lam(self.lam)
+        _check_seed(self.seed, self.lam)
+        if _runs(self.dpo_probability) not in ((), self.runs):
+            raise ValueError("dpo_probability needs one entry, or as many as lam")
+        p = np.asarray(self.dpo_probability)
+        if not np.all((p > 0.0) & (p < 1.0)):
+            raise ValueError("dpo_probability must lie strictly between 0 and 1")
+
+    @property
+    def runs(self) -> tuple[int, ...]:
+        return _runs(self.lam)
+
+    def select(self, state: ScheduleState, probe: Probe) -> tuple[Array, ScheduleState]:
+        probabilities = _weights(self.dpo_probability)
+        drawn = _draw(self.seed, state.step, probabilities[..., Task.DPO], self.runs)
+        return drawn * _weights(self.lam) / probabilities, state
+
+
+@dataclass(frozen=True)
+class Alternate(Scheduler):
+    """Blocks in turn: round(lam * cycle) DPO steps, then SFT for the rest of the cycle; repeat.
+
+    `cycle` 2 at lam 1/2 is strict alternation; `cycle` = T is sequential training (without its
+    restarts): one knob joins the two.
+    """
+
+    lam: float | tuple[float, ...]
+    cycle: int | tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        _check_lam(self.lam)
+        if np.min(self.cycle) < 1:
+            raise ValueError(f"cycle is {self.cycle}; it must be at least 1")
+        if () not in (_runs(self.lam), _runs(self.cycle)) and _runs(self.lam) != _runs(self.cycle):
+            raise ValueError("lam and cycle need the same number of entries, or one")
+
+    @property
+    def runs(self) -> tuple[int, ...]:
+        return _runs(self.lam) or _runs(self.cycle)
+
+    def select(self, state: ScheduleState, probe: Probe) -> tuple[Array, ScheduleState]:
+        cycle = _as_array(self.cycle)
+        dpo_steps = np.round(_weights(self.lam)[..., Task.DPO] * cycle)
+        return _one_hot(np.asarray(state.step % cycle < dpo_steps)), state
 
 
 @dataclass(frozen=True)
@@ -171,18 +228,22 @@ class Maxright(Scheduler):
     Both losses are probed every `refresh_every` steps; in between only the value of the stepped
     objective is renewed, from the loss that its step computes anyway. `optimum` holds
     (f_DPO*, f_SFT*). Ties go to DPO. With `scale_steps` the step is w_i grad f_i, a subgradient
-    of f_Max = max_i h_i; without it (as in the authors' code) it is grad f_i.
+    of f_Max = max_i h_i; without it (as in the authors' code) it is grad f_i. `value_ema` is the
+    weight of a new value against the old one: 1 replaces it, a small one averages noise out.
     """
 
     lam: float | tuple[float, ...]
     optimum: tuple[float, float]
     refresh_every: int = 10
     scale_steps: bool = False
+    value_ema: float = 1.0
 
     def __post_init__(self) -> None:
         _check_lam(self.lam)
         if self.refresh_every < 1:
             raise ValueError(f"refresh_every is {self.refresh_every}; it must be at least 1")
+        if not 0.0 < self.value_ema <= 1.0:
+            raise ValueError(f"value_ema is {self.value_ema}; it must lie in (0, 1]")
         if not np.all(np.isfinite(self.optimum)):
             raise ValueError(f"optimum is {self.optimum}; both losses must be finite")
 
@@ -195,7 +256,9 @@ class Maxright(Scheduler):
         return _runs(self.lam)
 
     def select(self, state: ScheduleState, probe: Probe) -> tuple[Array, ScheduleState]:
-        values = probe() if state.step % self.refresh_every == 0 else state.values
+        values = state.values
+        if state.step % self.refresh_every == 0:
+            values = self._blend(values, probe())
         if values is None:
             raise ValueError("MAXRIGHT has no loss values: its state lost them between refreshes")
         weights = _weights(self.lam)
@@ -206,8 +269,11 @@ class Maxright(Scheduler):
     def observe(self, state: ScheduleState, losses: Array | None = None) -> ScheduleState:
         values = state.values
         if values is not None and losses is not None:
-            values = np.where(np.isnan(losses), values, losses)
+            values = self._blend(values, np.where(np.isnan(losses), values, losses))
         return ScheduleState(state.step + 1, values)
+
+    def _blend(self, old: Array | None, new: Array) -> Array:
+        return new if old is None else old + self.value_ema * (new - old)
 
 
 REGISTRY: dict[str, Callable[..., Scheduler]] = {
@@ -215,6 +281,8 @@ REGISTRY: dict[str, Callable[..., Scheduler]] = {
     "mix": Mix,
     "alright": Alright,
     "maxright": Maxright,
+    "importance": Importance,
+    "alternate": Alternate,
     "dpo": lambda: Single(Task.DPO),
     "sft": lambda: Single(Task.SFT),
 }
@@ -268,6 +336,19 @@ def _runs(values: float | tuple[float, ...]) -> tuple[int, ...]:
 def _one_hot(dpo: NDArray[np.bool_]) -> Array:
     """Weights (..., 2) with a one on DPO where `dpo` holds, else on SFT."""
     return np.stack([dpo, ~dpo], axis=-1).astype(float)
+
+
+def _draw(
+    seed: int | tuple[int, ...], step: int, probability: Array, runs: tuple[int, ...]
+) -> Array:
+    """One-hot weights, DPO with the given probability: a pure function of (seed, step)."""
+    uniform = uniform_at(seed if isinstance(seed, tuple) else (seed,), Stream.DECISION, step)
+    return _one_hot(np.broadcast_to((uniform if runs else uniform[0]) < probability, runs))
+
+
+def _check_seed(seed: int | tuple[int, ...], lam: float | tuple[float, ...]) -> None:
+    if _runs(seed) not in ((), _runs(lam)):
+        raise ValueError("seed needs one entry, or as many as lam")
 
 
 def _check_lam(lam: ArrayLike) -> None:

@@ -4,27 +4,28 @@ theta_{t+1} = P(theta_t - alpha_t sum_i w_{t,i} g_i(theta_t; z_t)),   P = projec
 
 with w_t from the scheduler. Three outputs are recorded: the last iterate, the uniform average and
 the alpha-weighted average of theta_1..theta_t. Where a sequential schedule changes its objective,
-the step size and the averages start anew, as two separate trainings would.
+the step size, the optimiser's memory and the averages start anew, as separate trainings would.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from theory.kernels import projected_step
+from theory.optimizers import Memory, Rule
 from theory.problems import Problem
 from theory.randomness import BLOCK, Stream
 from theory.schedulers import Scheduler
 from theory.tasks import Task
+from theory.values import SAMPLE_STREAMS, SOURCES, ValueSource
 
 Array = NDArray[np.float64]
 
 ITERATES = ("last", "uniform", "weighted")
-SAMPLE_STREAMS = {Task.DPO: Stream.DPO_SAMPLE, Task.SFT: Stream.SFT_SAMPLE}
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,9 @@ def simulate(
     seeds: Sequence[int],
     record_steps: Sequence[int] | NDArray[np.int64] | None = None,
     record_weights: bool = False,
+    batch_size: int = 1,
+    values: str = "exact",
+    rule: Rule | None = None,
 ) -> Trace:
     """Run projected SGD on `problem` once per entry of `seeds`, all runs in one batch.
 
@@ -78,18 +82,26 @@ def simulate(
     that share a seed see the same data under every scheduler. `scheduler.runs` must be () (then all
     runs share its decisions: for independent ALRIGHT runs give it one seed per run) or
     (len(seeds),).
+
+    A stochastic gradient is the mean over `batch_size` samples. `values` names the source of the
+    losses for schedulers that compare them (`theory.values`); `rule` replaces plain SGD
+    (`theory.optimizers`).
     """
-    if num_steps < 1:
-        raise ValueError(f"num_steps is {num_steps}; it must be at least 1")
+    for name, count in (("num_steps", num_steps), ("batch_size", batch_size)):
+        if count < 1:
+            raise ValueError(f"{name} is {count}; it must be at least 1")
+    if values not in SOURCES:
+        raise ValueError(f"values is {values!r}; it must be one of {', '.join(SOURCES)}")
     if scheduler.runs not in ((), (len(seeds),)):
         raise ValueError(f"the scheduler has {scheduler.runs} runs, but there are {len(seeds)}")
     record = log_spaced_steps(num_steps) if record_steps is None else np.asarray(record_steps)
     if record.size == 0 or record[0] < 1 or record[-1] > num_steps or np.any(np.diff(record) < 1):
         raise ValueError(f"record_steps must increase strictly within 1..{num_steps}")
-    loop = _Loop(problem, scheduler, step_size, tuple(int(s) for s in seeds))
+    loop = Loop(problem, scheduler, step_size, tuple(int(s) for s in seeds), batch_size, rule)
+    source = SOURCES[values]()
     snapshots, decisions, wanted = [], [], set(record.tolist())
     for step in range(num_steps):
-        weights = loop.advance()
+        weights = loop.advance(source)
         if record_weights:
             decisions.append(weights)
         if step + 1 in wanted:
@@ -104,14 +116,22 @@ def simulate(
     )
 
 
-class _Loop:
+class Loop:
     """The state of the running batch. `advance` is one iteration of the algorithm."""
 
     def __init__(
-        self, problem: Problem, scheduler: Scheduler, step_size: StepSize, seeds: tuple[int, ...]
+        self,
+        problem: Problem,
+        scheduler: Scheduler,
+        step_size: StepSize,
+        seeds: tuple[int, ...],
+        batch_size: int,
+        rule: Rule | None,
     ) -> None:
         runs, dim = len(seeds), problem.dim
         self.problem, self.scheduler, self.step_size = problem, scheduler, step_size
+        self.batch_size, self.rule = batch_size, rule
+        self.memory: Memory = {} if rule is None else rule.init(runs, dim)
         self.state = scheduler.init()
         distinct, self.seed_index = np.unique(seeds, return_inverse=True)
         self.seeds = tuple(int(s) for s in distinct)
@@ -125,38 +145,60 @@ class _Loop:
         self.gradients = np.zeros((runs, 2), dtype=np.int64)
         self.probes = np.zeros((runs, 2), dtype=np.int64)
 
-    def advance(self) -> Array:
-        step = self.state.step
-        weights, self.state = self.scheduler.select(self.state, self.probe)
-        weights = np.broadcast_to(weights, self.losses.shape)
-        exact = self.exact_losses(weights) if self.scheduler.reads_losses else None
-        self._add_gradients(step, np.ascontiguousarray(weights))
-        self._descend(step, np.ascontiguousarray(weights))
-        self.state = self.scheduler.observe(self.state, exact)
+    def advance(self, source: ValueSource) -> Array:
+        """Decide, step, and let the scheduler observe; returns the weights (runs, 2)."""
+        weights, self.state = self.scheduler.select(self.state, lambda: source.probe(self))
+        weights = np.ascontiguousarray(np.broadcast_to(weights, self.losses.shape))
+        self.losses = self._sample(SAMPLE_STREAMS, weights, self.gradient)
+        observed = source.observed(self, weights) if self.scheduler.reads_losses else None
+        self._descend(weights)
+        self.state = self.scheduler.observe(self.state, observed)
         return weights
 
-    def _add_gradients(self, step: int, weights: Array) -> None:
-        block, offset = divmod(step, BLOCK)
-        for task, objective in enumerate(self.problem.objectives):
-            draws = objective.draws(self.seeds, SAMPLE_STREAMS[Task(task)], block)
+    def sample_losses(self, streams: Mapping[Task, Stream]) -> Array:
+        """Mean losses (runs, 2) over a minibatch of this step from `streams`."""
+        ones = np.ones(self.losses.shape)
+        return self._sample(streams, ones, np.zeros_like(self.gradient))
+
+    def _sample(self, streams: Mapping[Task, Stream], weights: Array, out: Array) -> Array:
+        """Add the weighted minibatch gradients to `out`; returns the losses (runs, 2)."""
+        losses = np.empty(weights.shape)
+        if self.batch_size == 1:
+            self._add_gradients(self.state.step, streams, weights, out, losses)
+            return losses
+        total = np.zeros(weights.shape)
+        for i in range(self.batch_size):
+            position = self.state.step * self.batch_size + i
+            self._add_gradients(position, streams, weights / self.batch_size, out, losses)
+            total += losses
+        return total / self.batch_size
+
+    def _add_gradients(
+        self,
+        position: int,
+        streams: Mapping[Task, Stream],
+        weights: Array,
+        out: Array,
+        losses: Array,
+    ) -> None:
+        block, offset = divmod(position, BLOCK)
+        for task, objective in zip(Task, self.problem.objectives, strict=True):
+            draws = objective.draws(self.seeds, streams[task], block)
             objective.add_stochastic_gradient(
-                self.theta,
-                weights,
-                task,
-                draws,
-                self.seed_index,
-                offset,
-                self.gradient,
-                self.losses,
+                self.theta, weights, task, draws, self.seed_index, offset, out, losses
             )
 
-    def _descend(self, step: int, weights: Array) -> None:
+    def _descend(self, weights: Array) -> None:
+        step = self.state.step
         local = np.broadcast_to(step - self.scheduler.stage_start(step), self.iterates.shape)
-        alpha = self.step_size(local + 1)
         restart = local == 0
         if restart.any():
-            for total in (self.uniform_sum, self.weighted_sum, self.alpha_sum, self.iterates):
+            averages = (self.uniform_sum, self.weighted_sum, self.alpha_sum, self.iterates)
+            for total in (*averages, *self.memory.values()):
                 total[restart] = 0.0
+        if self.rule is not None:
+            self.rule.apply(self.gradient, self.memory, local)
+        alpha = self.step_size(local + 1)
         self.alpha_sum += alpha
         self.iterates += 1
         projected_step(
@@ -169,20 +211,6 @@ class _Loop:
             self.weighted_sum,
             self.gradients,
         )
-
-    def probe(self) -> Array:
-        """Both losses in full, for every run: shape (runs, 2)."""
-        self.probes += 1
-        return np.stack([f.value(self.theta) for f in self.problem.objectives], axis=-1)
-
-    def exact_losses(self, weights: Array) -> Array:
-        """The full losses of the objectives that are stepped on, NaN elsewhere: (runs, 2)."""
-        exact = np.full(weights.shape, np.nan)
-        for task, objective in enumerate(self.problem.objectives):
-            stepped = weights[:, task] != 0.0
-            exact[stepped, task] = objective.value(self.theta[stepped])
-        self.probes += weights != 0.0
-        return exact
 
     def snapshot(self) -> tuple[dict[str, Array], NDArray[np.int64], NDArray[np.int64]]:
         theta = {
