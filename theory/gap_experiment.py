@@ -44,6 +44,8 @@ from theory.sweep import (
 
 JOINT = ("mix", "alright", "maxright")
 GROUPS = (*KEYS[:3], "split", *KEYS[3:])
+NEAR_ONE = (0.97, 0.99, 0.997, 0.999, 0.9997, 0.9999, 0.99997, 0.99999)
+"""Splits that leave a handful of steps for the last objective: where tuning helps at large T."""
 EVEN_SPLIT = 0.5
 """The split of the untuned sequential runs: half of the budget for each objective."""
 
@@ -56,7 +58,7 @@ class GapConfig:
     lams: tuple[float, ...] = (0.1, 0.25, 0.5, 0.75, 0.9)
     num_steps: int = 100_000
     num_seeds: int = 20
-    splits: tuple[float, ...] = (0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 0.999, 0.9999)
+    splits: tuple[float, ...] = (0.1, 0.25, 0.5, 0.75, 0.9, *NEAR_ONE)
     refresh_every: int = 1
 
     @property
@@ -102,15 +104,21 @@ def _sequential(config: GapConfig, problem: str) -> Iterator[Batch]:
             config.seeds,
             horizon,
             options={"order": order},
-            variants=tuple(_split(order, split, horizon) for split in config.splits),
+            variants=_splits(config, order, horizon),
             record_steps=(horizon,),
         )
 
 
-def _split(order: str, split: float, horizon: int) -> Variant:
-    first_steps = min(max(round(split * horizon), 1), horizon - 1)
-    name = f"{order}, split={split:g}"
-    return Variant(name, {"first_steps": first_steps}, {"split": split})
+def _splits(config: GapConfig, order: str, horizon: int) -> tuple[Variant, ...]:
+    """One variant per split; of splits that round to the same stage lengths only the first."""
+    variants: dict[int, Variant] = {}
+    for split in config.splits:
+        first_steps = min(max(round(split * horizon), 1), horizon - 1)
+        name = f"{order}, split={split:g}"
+        variants.setdefault(
+            first_steps, Variant(name, {"first_steps": first_steps}, {"split": split})
+        )
+    return tuple(variants.values())
 
 
 def run_experiment(config: GapConfig, jobs: int = 2, parts: Path | None = None) -> pd.DataFrame:
@@ -131,7 +139,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     out = Path(arguments.out)
     check_output_dir(out)
-    parts = out / "parts"
+    parts = out / ".parts"
     results = run_experiment(config, arguments.jobs, parts)
     groups = summarise(results, GROUPS)
     limits = reference_values(config)

@@ -67,9 +67,14 @@ def gap_figure(
             for order, limit in limits.items():
                 axes[0, column].axhline(limit["mix_gap"], color=COLOURS[order], lw=0.8, ls=":")
             axes[0, column].set_title(problem)
-            axes[1, column].set_xlabel("steps $T$")
         for axis, name in zip(axes[:, 0], GAP_NAMES.values(), strict=True):
             axis.set_ylabel(name)
+        seeds = int(rows["seeds"].max())
+        figure.supxlabel(
+            rf"training budget $T$ (steps);  $\lambda$ = {lam:g}, $\alpha$-weighted averages, "
+            f"{seeds} seeds, 95% intervals",
+            fontsize=8,
+        )
         handles, _ = axes[0, 0].get_legend_handles_labels()
         for style, label in (("--", "best split, in hindsight"), (":", "limit of sequential")):
             handles.append(Line2D([], [], color="0.4", lw=0.9, ls=style, label=label))
@@ -91,7 +96,10 @@ def _draw_panel(
         rows = rows.sort_values("step")
         mean, low, high = np.array([list(interval) for interval in rows[metric]]).T
         axis.plot(rows["step"], mean, color=colour, marker=MARKERS[key], label=LABELS[key])
-        axis.fill_between(rows["step"], low, high, color=colour, alpha=0.25, lw=0)
+        # An interval that reaches below 0 has no place on a log axis: cut it a decade down.
+        axis.fill_between(
+            rows["step"], np.maximum(low, mean / 10), high, color=colour, alpha=0.2, lw=0
+        )
         numbers += [
             {"problem": rows["problem"].iloc[0], "metric": metric, "line": key, "step": int(s)}
             | {"mean": m, "low": lo, "high": hi}

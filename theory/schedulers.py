@@ -65,6 +65,11 @@ class Scheduler:
         return False
 
     @property
+    def forgets_values(self) -> bool:
+        """True if a decision depends on losses only through the probe made for it."""
+        return True
+
+    @property
     def runs(self) -> tuple[int, ...]:
         return ()
 
@@ -250,6 +255,10 @@ class Maxright(Scheduler):
     @property
     def reads_losses(self) -> bool:
         return self.refresh_every > 1
+
+    @property
+    def forgets_values(self) -> bool:
+        return self.refresh_every == 1 and self.value_ema == 1.0
 
     @property
     def runs(self) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,8 @@ class Batch:
 
     `options` are scheduler options common to all runs. The options of a variant may differ
     between variants only where the scheduler takes one value per run (`first_steps`, `cycle`,
-    `dpo_probability`). `lam`, `seed` and `optimum` are filled in here.
+    `dpo_probability`). `lam`, `seed` and `optimum` are filled in here. Without `values`, exact
+    ones are used, evaluated lazily where that cannot change a decision.
     """
 
     problem: str
@@ -72,13 +74,14 @@ class Batch:
     step_scale: float | None = None
     decay: bool = True
     batch_size: int = 1
-    values: str = "lazy"
+    values: str | None = None
     rule: Rule | None = None
 
     @property
     def key(self) -> str:
-        """Names the batch by everything that determines its result."""
-        text = json.dumps({**asdict(self), "rule": repr(self.rule)}, sort_keys=True, default=str)
+        """Names the batch by everything that determines its result, the code included."""
+        fields = {**asdict(self), "rule": repr(self.rule), "code": _code_digest()}
+        text = json.dumps(fields, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:20]
 
     def run(self) -> pd.DataFrame:
@@ -87,15 +90,16 @@ class Batch:
         uses_lam = "lam" in scheduler_options(self.algorithm)
         grid = list(product(self.variants, self.lams if uses_lam else (None,), self.seeds))
         scale = optima.problem.step_scale if self.step_scale is None else self.step_scale
+        scheduler = self._scheduler(optima, grid)
         trace = simulate(
             optima.problem,
-            self._scheduler(optima, grid),
+            scheduler,
             num_steps=self.num_steps,
             step_size=StepSize(scale, self.decay),
             seeds=[seed for _, _, seed in grid],
             record_steps=self.record_steps,
             batch_size=self.batch_size,
-            values=self.values,
+            values=self.values or ("lazy" if scheduler.forgets_values else "exact"),
             rule=self.rule,
         )
         frames = [
@@ -140,6 +144,15 @@ class Batch:
         flat = {name: np.broadcast_to(column, shape).ravel() for name, column in columns.items()}
         labels = {"problem": self.problem, "algorithm": self.algorithm, "variant": variant.name}
         return pd.DataFrame(flat).assign(**labels, lam=lam, **variant.columns)
+
+
+@cache
+def _code_digest() -> str:
+    """Identifies this version of the package: parts of another one are not taken for results."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _counts(trace: Trace, chosen: list[int]) -> Iterator[NDArray[np.int64]]:
