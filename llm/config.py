@@ -1,12 +1,13 @@
 """The command line of `llm.run`: transformers' own flags, TRL's names, and ours.
 
 Values come from, in rising order: the defaults below; the YAML file of `--config` (or, when no
-model is named, the embedded recipe `llm/recipes/tiny.yaml`); the command line. A flag that the
-chosen algorithm or loss does not use is refused, never ignored.
+model is named, the embedded recipe `llm/recipes/tiny.yaml`); the command line. A flag, or a key of
+a --config file, that the chosen algorithm, loss or data does not use is refused, never ignored.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,10 +15,11 @@ from typing import Any
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 from llm.losses import check_preference_options
 from theory.cli import OneLineParser, UserError
-from theory.schedulers import ORDERS, REGISTRY, scheduler_options
+from theory.schedulers import ORDERS, REGISTRY, make_scheduler, scheduler_options
 from theory.tasks import Task
 
 TINY_RECIPE = Path(__file__).parent / "recipes" / "tiny.yaml"
@@ -25,7 +27,13 @@ PROG = "python -m llm.run"
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 SCHEDULE_FLAGS = {"lam": "lam", "refresh_every": "refresh_every", "scale_steps": "scale_steps"}
 SCHEDULE_FLAGS |= {"order": "order", "split": "first_steps", "optima": "optimum"}
+SCHEDULE_FLAGS |= {"dpo_probability": "dpo_probability", "cycle": "cycle", "value_ema": "value_ema"}
 """Flag of the command line -> option of the schedulers that use it."""
+MODEL_FLAGS = ("model_revision", "dtype", "attn_implementation", "trust_remote_code", "held_out")
+"""Flags that say how to load a model and data of one's own."""
+PREFERENCE_FLAGS = ("reference", "beta", "loss_type", "label_smoothing")
+UNSUPPORTED_FLAGS = ("label_smoothing_factor", "auto_find_batch_size")
+"""Flags of TrainingArguments that this trainer would not obey."""
 
 
 @dataclass
@@ -112,6 +120,15 @@ class JointArguments(TrainingArguments):
     scale_steps: bool | None = field(
         default=None, metadata={"help": "maxright: scale the step by its weight. [false]"}
     )
+    value_ema: float | None = field(
+        default=None, metadata={"help": "maxright: weight of a new loss against the old one. [1]"}
+    )
+    dpo_probability: float | None = field(
+        default=None, metadata={"help": "importance: how often to draw DPO, in (0, 1). [0.5]"}
+    )
+    cycle: int | None = field(
+        default=None, metadata={"help": "alternate: steps of one round of both objectives. [2]"}
+    )
     optima: str = field(
         default="auto",
         metadata={
@@ -187,14 +204,20 @@ def parse(argv: Sequence[str]) -> RunConfig:
     parser.error = OneLineParser.error.__get__(parser)  # type: ignore[method-assign]
     parser.add_argument("--config", help="YAML file with values for any of these flags.")
     recipe = _recipe(argv)
-    known = {action.dest for action in parser._actions}
+    known = {action.dest for action in parser._actions} - {"config", "help"}
+    defaults = _as_flags(recipe, known)
     model, data, training, rest = parser.parse_args_into_dataclasses(
-        [*_as_flags(recipe, known), *argv], look_for_args_file=False
+        [*defaults, *argv], look_for_args_file=False
     )
     del rest  # the namespace that holds --config
     config = RunConfig(model, data, training)
-    _check(config, explicit={flag.split("=")[0][2:] for flag in argv if flag.startswith("--")})
+    _check(config, explicit=_named(argv if recipe == TINY_RECIPE else [*defaults, *argv]))
     return config
+
+
+def _named(tokens: Sequence[str]) -> set[str]:
+    """The names of the flags among `tokens`; `--refresh-every` is `refresh_every`."""
+    return {t.split("=")[0][2:].replace("-", "_") for t in tokens if t.startswith("--")}
 
 
 def _recipe(argv: Sequence[str]) -> Path | None:
@@ -204,8 +227,7 @@ def _recipe(argv: Sequence[str]) -> Path | None:
             return Path(argv[i + 1])
         if token.startswith("--config="):
             return Path(token.removeprefix("--config="))
-    named = any(token.split("=")[0] == "--model_name_or_path" for token in argv)
-    return None if named else TINY_RECIPE
+    return None if "model_name_or_path" in _named(argv) else TINY_RECIPE
 
 
 def _as_flags(recipe: Path | None, known: set[str]) -> list[str]:
@@ -216,7 +238,7 @@ def _as_flags(recipe: Path | None, known: set[str]) -> list[str]:
         values = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"--config {recipe}: {error.strerror or error}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"--config {recipe} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"--config {recipe} must hold a mapping of flags to values")
@@ -227,7 +249,8 @@ def _as_flags(recipe: Path | None, known: set[str]) -> list[str]:
     for key, value in values.items():
         if value is not None:
             items = value if isinstance(value, list) else [value]
-            tokens += [f"--{key}", *(str(item) for item in items)]
+            texts = (json.dumps(i) if isinstance(i, dict) else str(i) for i in items)
+            tokens += [f"--{key}", *texts]
     return tokens
 
 
@@ -242,17 +265,16 @@ def _check(config: RunConfig, explicit: set[str]) -> None:
                 f"--{flag} is not used by --algo {training.algo} "
                 f"(it takes: {', '.join(f'--{t}' for t in takes) or 'no schedule flags'})"
             )
-    for name, value in (
-        ("lam", training.lam),
-        ("split", training.split),
-        ("conflict", config.data.conflict),
-    ):
+    for name, value in (("split", training.split), ("conflict", config.data.conflict)):
         if value is not None and not 0.0 <= value <= 1.0:
             raise UserError(f"--{name} is {value}; it must lie in [0, 1]")
-    if training.order is not None and training.order not in ORDERS:
-        raise UserError(f"--order is {training.order}; it must be one of {', '.join(ORDERS)}")
-    if training.refresh_every is not None and training.refresh_every < 1:
-        raise UserError(f"--refresh_every is {training.refresh_every}; it must be at least 1")
+    # The scheduler checks its own options; the optimum is known only later.
+    make_scheduler(training.algo, **schedule_options(training, 1, optimum=(0.0, 0.0)))
+    for name in UNSUPPORTED_FLAGS:
+        if getattr(training, name):
+            raise UserError(f"--{name} is not supported by this trainer")
+    if training.load_best_model_at_end or training.save_strategy == SaveStrategy.BEST:
+        _check_best_metric(training)
     if not 0.0 < config.data.held_out < 1.0:
         raise UserError(f"--held_out is {config.data.held_out}; it must lie in (0, 1)")
     for task in Task:
@@ -266,12 +288,22 @@ def _check(config: RunConfig, explicit: set[str]) -> None:
     _check_data_flags(config, explicit)
 
 
+def _check_best_metric(training: JointArguments) -> None:
+    name = (training.metric_for_best_model or "").removeprefix("eval_")
+    if name.split("_")[0] not in (task.label for task in Task):
+        raise UserError(
+            "the best model needs --metric_for_best_model dpo_loss, sft_loss or another metric of "
+            f"one objective; it is {training.metric_for_best_model}"
+        )
+
+
 def _check_data_flags(config: RunConfig, explicit: set[str]) -> None:
     data = config.data
     if config.embedded:
-        given = [f"--{name}" for name in _dataset_flags() if getattr(data, name) is not None]
+        given = [name for name in (*_dataset_flags(), *MODEL_FLAGS) if name in explicit]
         if given:
-            raise UserError(f"{', '.join(given)} needs --model_name_or_path")
+            flags = ", ".join(f"--{name}" for name in given)
+            raise UserError(f"{flags}: this needs a model of your own, --model_name_or_path")
         return
     if "conflict" in explicit:
         raise UserError("--conflict belongs to the embedded corpus; drop it or the model's name")
@@ -280,10 +312,24 @@ def _check_data_flags(config: RunConfig, explicit: set[str]) -> None:
             raise UserError(
                 f"--algo {config.training.algo} trains on {task.label}: give --{task.label}_dataset"
             )
+    for task in Task:
+        if getattr(data, f"{task.label}_dataset") is None:
+            _check_unused(task, explicit)
+        elif getattr(data, f"{task.label}_dataset") == getattr(data, f"{task.label}_eval_dataset"):
+            raise UserError(f"--{task.label}_eval_dataset holds the rows that are trained on")
     for name in _dataset_flags():
         source = getattr(data, name)
         if source is not None and Path(source).suffix and not Path(source).exists():
             raise UserError(f"--{name} {source} does not exist")
+
+
+def _check_unused(task: Task, explicit: set[str]) -> None:
+    """Without data of `task`, nothing reads the flags that belong to it."""
+    own = {name for name in explicit if name.startswith(f"{task.label}_")} - {"dpo_probability"}
+    own |= explicit & set(PREFERENCE_FLAGS) if task == Task.DPO else set()
+    if own:
+        flags = ", ".join(f"--{name}" for name in sorted(own))
+        raise UserError(f"{flags} is not used without --{task.label}_dataset")
 
 
 def _dataset_flags() -> list[str]:
@@ -297,8 +343,11 @@ def schedule_options(training: JointArguments, num_steps: int, **extra: Any) -> 
         "seed": training.seed,
         "order": training.order or "sft_then_dpo",
         "first_steps": round((0.5 if training.split is None else training.split) * num_steps),
-        "refresh_every": training.refresh_every or 10,
+        "refresh_every": 10 if training.refresh_every is None else training.refresh_every,
         "scale_steps": bool(training.scale_steps),
+        "value_ema": 1.0 if training.value_ema is None else training.value_ema,
+        "dpo_probability": 0.5 if training.dpo_probability is None else training.dpo_probability,
+        "cycle": 2 if training.cycle is None else training.cycle,
         **extra,
     }
     used = scheduler_options(training.algo)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -335,8 +335,13 @@ def check_max_length(
 
 def fingerprint(encoded: Encoded) -> str:
     """sha256 (hex) over the token ids in order: equal data, equal digest, on every platform."""
+    return fingerprint_rows(encoded.rows)
+
+
+def fingerprint_rows(rows: Sequence[Mapping[str, Any]]) -> str:
+    """`fingerprint` of encoded rows."""
     digest = hashlib.sha256()
-    for row in encoded.rows:
+    for row in rows:
         for key in sorted(key for key in row if key.endswith("_ids")):
             # The length separates neighbours; fixed width and byte order fix the platform.
             digest.update(f"{key}:{len(row[key])};".encode())

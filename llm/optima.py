@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -24,6 +25,13 @@ from theory.tasks import Task
 
 Optimum = tuple[float, float]
 FILE = "optima.json"
+TRAINED_BY = (
+    *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
+    *("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay"),
+    *("max_grad_norm", "gradient_accumulation_steps", "world_size", "bf16", "fp16"),
+    *("seed", "data_seed", "eval_strategy", "eval_steps"),
+)
+"""Settings of a run that its lowest held-out loss depends on."""
 
 
 def find_optimum(setup: Setup, config: RunConfig, say: Callable[[str], None]) -> Optimum | None:
@@ -45,13 +53,16 @@ def read_optimum(path: Path) -> Optimum:
     """Read (f_DPO*, f_SFT*) from an optima.json."""
     try:
         data = read_json(path)
-        return float(data["dpo"]), float(data["sft"])
+        dpo, sft = float(data["dpo"]), float(data["sft"])
+        if not math.isfinite(dpo + sft):
+            raise ValueError("a loss is not finite")
     except OSError as error:
         raise UserError(f"--optima {path}: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f'--optima {path} must be JSON with two losses: {{"dpo": 0.3, "sft": 1.2}}'
         ) from error
+    return dpo, sft
 
 
 def _estimated(setup: Setup, config: RunConfig, say: Callable[[str], None]) -> Optimum:
@@ -60,12 +71,21 @@ def _estimated(setup: Setup, config: RunConfig, say: Callable[[str], None]) -> O
         raise UserError(f"estimating the optima needs {' and '.join(missing)} data as well")
     path = Path(config.output_dir) / FILE
     key = _fingerprint(setup, config)
-    if path.exists() and read_json(path).get("fingerprint") == key:
+    if _fingerprint_in(path) == key:
         say(f"optima: read from {path}")
         return read_optimum(path)
     dpo, sft = (_single_run(setup, config, task) for task in Task)
     write_json(path, {"dpo": dpo, "sft": sft, "fingerprint": key, "estimated_by": "single runs"})
     return dpo, sft
+
+
+def _fingerprint_in(path: Path) -> str | None:
+    """Of the estimate in `path`; None for a file that holds no estimate."""
+    try:
+        data = read_json(path)
+    except (OSError, ValueError):
+        return None
+    return data.get("fingerprint") if isinstance(data, dict) else None
 
 
 def _single_run(setup: Setup, config: RunConfig, task: Task) -> float:
@@ -102,14 +122,8 @@ def _fingerprint(setup: Setup, config: RunConfig) -> str:
         ],
         "model": asdict(config.model),
         "loss": [training.beta, training.loss_type, training.label_smoothing],
-        "training": [
-            total_steps(setup, config),
-            training.learning_rate,
-            str(training.lr_scheduler_type),
-            str(training.optim),
-            training.gradient_accumulation_steps,
-            [training.batch_size(task) for task in Task],
-            training.seed,
-        ],
+        "steps": total_steps(setup, config),
+        "batches": [training.batch_size(task) for task in Task],
+        "training": {name: str(getattr(training, name)) for name in TRAINED_BY},
     }
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import TrainingArguments, set_seed
 
 from llm import embedded
@@ -180,25 +181,36 @@ def _add_reference(
     say(f"computing the reference's log-probabilities ({name})")
     reference.to(device=config.training.device)
     for part in parts:
-        rows = with_reference_logps(
-            reference,
-            part[Task.DPO].rows,
-            batch_size=config.training.per_device_eval_batch_size,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+        with _precision(config.training):
+            rows = with_reference_logps(
+                reference,
+                part[Task.DPO].rows,
+                batch_size=config.training.per_device_eval_batch_size,
+                pad_token_id=tokenizer.pad_token_id,
+            )
         part[Task.DPO] = replace(part[Task.DPO], rows=rows)
+
+
+def _precision(training: TrainingArguments) -> torch.autocast:
+    """The mixed precision of the training: a reference in another one is another model."""
+    return torch.autocast(
+        training.device.type,
+        dtype=torch.float16 if training.fp16 else torch.bfloat16,
+        enabled=training.fp16 or training.bf16,
+    )
 
 
 def _check_start(config: RunConfig, policy: Any, setup: Setup) -> None:
     """The policy is its own reference here: every reward is 0 and the loss log 2 (sigmoid)."""
     objective = setup.objectives[Task.DPO]
-    start = evaluate_objective(
-        policy,
-        objective,
-        setup.train[Task.DPO].rows[: 4 * config.training.per_device_eval_batch_size],
-        batch_size=config.training.per_device_eval_batch_size,
-        pad_token_id=setup.tokenizer.pad_token_id,
-    )
+    with _precision(config.training):
+        start = evaluate_objective(
+            policy,
+            objective,
+            setup.train[Task.DPO].rows[: 4 * config.training.per_device_eval_batch_size],
+            batch_size=config.training.per_device_eval_batch_size,
+            pad_token_id=setup.tokenizer.pad_token_id,
+        )
     if abs(start["reward_margin"]) > LOG2_TOLERANCE:
         raise UserError(
             f"the policy starts with a mean reward margin of {start['reward_margin']:.2e} against "

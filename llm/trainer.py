@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
@@ -31,10 +32,12 @@ from transformers import (
 )
 
 from llm.callbacks import ProgressBar
+from llm.data import fingerprint_rows
 from llm.evaluate import evaluate_objective, held_out_summary
 from llm.learning_rate import staged_schedule
 from llm.objectives import LanguageObjective, Row
 from llm.streams import SampleStream
+from theory.cli import UserError
 from theory.schedulers import Scheduler, ScheduleState
 from theory.tasks import Task
 
@@ -212,7 +215,8 @@ class JointTrainer(Trainer):
             observed = self._sum_over_ranks(losses).double().cpu().numpy()
         self.schedule = self.scheduler.observe(self.schedule, observed)
         for task, value in self._step_losses.items():
-            self._meter(task, {"loss": (value, 1)})
+            # A rank knows its share of the loss; the mean over ranks is to be the whole.
+            self._meter(task, {"loss": (value * self.args.world_size, 1)})
 
     def _sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(values, "sum") if self.args.world_size > 1 else values
@@ -259,8 +263,8 @@ class JointTrainer(Trainer):
     def held_out(self, row_sets: RowSets | None = None) -> dict[str, float]:
         """Values on the held-out rows, computed without logging."""
         row_sets = cast(RowSets, self.eval_dataset if row_sets is None else row_sets)
-        return held_out_summary(
-            {
+        with self.accelerator.autocast():  # before training the model does not yet do so itself
+            values = {
                 task: evaluate_objective(
                     self.model,
                     self.objectives[task],
@@ -270,18 +274,25 @@ class JointTrainer(Trainer):
                 )
                 for task, rows in (row_sets or {}).items()
             }
-        )
+        summary = held_out_summary(values)
+        for name, value in summary.items():
+            self._check_finite(f"held-out {name}", value)
+        return summary
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metered means of each objective; stop on a loss that is not a number."""
         if "loss" in logs:
             logs |= self._drain_meters()
-            if not math.isfinite(logs["loss"]):
-                raise FloatingPointError(
-                    f"the loss is {logs['loss']} at step {self.state.global_step}: lower "
-                    "--learning_rate, or check the data (training stopped, nothing was saved)"
-                )
+        for name in ("loss", "train_loss"):  # of a log line, and of the whole run at its end
+            self._check_finite("loss", logs.get(name, 0.0))
         super().log(logs, start_time)
+
+    def _check_finite(self, name: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise UserError(
+                f"the {name} is {value} at step {self.state.global_step}: lower --learning_rate, "
+                "or check the data (training stopped)"
+            )
 
     def _meter(self, task: Task, sums: Mapping[str, tuple[torch.Tensor, int]]) -> None:
         for name, (total, count) in sums.items():
@@ -290,8 +301,12 @@ class JointTrainer(Trainer):
             self._meters[key] = (old_total + total, old_count + count)
 
     def _drain_meters(self) -> dict[str, float]:
-        """Means since the last log, on this rank; the device is read here and only here."""
-        means = {name: float(total) / count for name, (total, count) in self._meters.items()}
+        """Means since the last log, over all ranks; the device is read here and only here."""
+        means = {}
+        for name, (total, count) in self._meters.items():
+            pair = torch.tensor([float(total), count], device=self.args.device)
+            total_over_ranks, count_over_ranks = self._sum_over_ranks(pair).tolist()
+            means[name] = total_over_ranks / count_over_ranks
         self._meters = {}
         counts = {f"{task.label}_steps": float(n) for task, n in self.steps_taken.items()}
         return means | counts
@@ -314,7 +329,15 @@ class JointTrainer(Trainer):
         target.load_state_dict(saved.state_dict())
         return None
 
+    def _load_best_model(self) -> None:
+        if isinstance(self.model, PreTrainedModel) and not self.is_fsdp_enabled:
+            self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+        else:
+            super()._load_best_model()
+
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        for name, (total, _) in self._meters.items():
+            self._check_finite(name, float(total))
         cast(dict[str, Any], self.state.stateful_callbacks)[STATE_KEY] = self.state_to_json()
         super()._save_checkpoint(model, trial)
 
@@ -327,9 +350,26 @@ class JointTrainer(Trainer):
             "tokens_seen": {task.label: n for task, n in self.tokens_seen.items()},
             "probes": self.probes,
             "decisions": self.decisions,
+            "identity": self._identity,
         }
 
+    @cached_property
+    def _identity(self) -> dict[str, str]:
+        """What a checkpoint and the run that continues it must have in common."""
+        identity = {"schedule": repr(self.scheduler)}
+        for task, stream in self.streams.items():
+            identity[f"{task.label} loss"] = repr(self.objectives[task])
+            identity[f"{task.label} data"] = fingerprint_rows(self.train_rows[task])
+            identity[f"{task.label} order"] = f"seed {stream.seed}"
+        return identity
+
     def _restore(self, saved: dict[str, Any]) -> None:
+        for name in sorted(self._identity.keys() | saved["identity"].keys()):
+            theirs, mine = (each.get(name) for each in (saved["identity"], self._identity))
+            if theirs != mine:
+                raise UserError(
+                    f"the checkpoint belongs to another run: its {name} is {theirs}, here {mine}"
+                )
         self.schedule = ScheduleState.from_json(saved["schedule"])
         for task, stream in self.streams.items():
             stream.consumed = saved["consumed"][task.label]
@@ -359,7 +399,7 @@ class _CloseStep(TrainerCallback):
         if saved is not None:
             self.trainer._restore(saved)
         elif state.global_step > 0:
-            raise ValueError("the checkpoint was not written by this trainer: it has no schedule")
+            raise UserError("the checkpoint was not written by this trainer: it has no schedule")
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

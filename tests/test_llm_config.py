@@ -1,0 +1,410 @@
+"""llm.config: where values come from, and that nothing meaningless gets past the command line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from llm.config import SCHEDULE_FLAGS, TINY_RECIPE, RunConfig, parse, schedule_options
+from theory.cli import run_command
+from theory.schedulers import REGISTRY, Sequential, make_scheduler, scheduler_options
+from theory.tasks import Task
+
+ROOT = Path(__file__).parents[1]
+CPU = ["--use_cpu", "true"]
+
+
+def write_yaml(path: Path, values: Any) -> str:
+    path.write_text(values if isinstance(values, str) else yaml.safe_dump(values))
+    return str(path)
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> list[str]:
+    """The flags of a model and data of one's own; nothing opens them here."""
+    for name in ("sft", "dpo"):
+        (tmp_path / f"{name}.jsonl").touch()
+    return [
+        *("--model_name_or_path", "some/model"),
+        *("--sft_dataset", str(tmp_path / "sft.jsonl")),
+        *("--dpo_dataset", str(tmp_path / "dpo.jsonl")),
+        *CPU,
+    ]
+
+
+def error_of(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """What the command prints on stderr before it exits with a status that is not zero."""
+    with pytest.raises(SystemExit) as caught:
+        run_command(lambda: parse(argv) and None, "run")
+    # `sys.exit(text)` prints the text and exits with 1; argparse prints by itself and exits with 2.
+    printed = capsys.readouterr()
+    code = caught.value.code
+    text = f"{code}\n" if isinstance(code, str) else printed.err
+    assert code not in (0, None)
+    assert printed.out == ""
+    assert text.endswith("\n")
+    assert text.count("\n") == 1, text
+    return text
+
+
+def options_of(config: RunConfig, num_steps: int = 100) -> dict[str, Any]:
+    return schedule_options(config.training, num_steps, optimum=(0.0, 0.0))
+
+
+# --- where values come from
+
+
+def test_defaults_alone_are_the_embedded_recipe() -> None:
+    config = parse(CPU)
+    assert config.embedded
+    assert config.training.algo == "alright"
+    recipe = yaml.safe_load(TINY_RECIPE.read_text())
+    assert config.training.max_steps == recipe["max_steps"]
+    assert config.training.learning_rate == recipe["learning_rate"]
+    assert config.output_dir == "runs/alright"
+
+
+def test_the_embedded_recipe_is_used_only_without_a_model_and_a_config(
+    own: list[str], tmp_path: Path
+) -> None:
+    recipe = write_yaml(tmp_path / "own.yaml", {"lam": 0.25})
+    dashed = ["--model-name-or-path", *own[1:]]
+    for argv in (own, dashed, [*CPU, "--config", recipe], [*CPU, f"--config={recipe}"]):
+        assert parse(argv).training.max_steps == -1  # transformers' default, not the recipe's
+    assert parse([*CPU, "--config", str(TINY_RECIPE)]) == parse(CPU)
+
+
+def test_the_command_line_overrides_the_file_and_the_file_the_defaults(tmp_path: Path) -> None:
+    values = {"algo": "maxright", "lam": 0.25, "refresh_every": 3, "learning_rate": "1e-4"}
+    recipe = write_yaml(tmp_path / "own.yaml", values)
+    config = parse([*CPU, "--config", recipe, "--lam", "0.75"])
+    assert config.training.algo == "maxright"
+    assert config.training.lam == 0.75
+    assert config.training.refresh_every == 3
+    assert config.training.learning_rate == 1e-4
+    assert config.training.beta == 0.1
+
+
+def test_a_file_holds_every_kind_of_value(tmp_path: Path) -> None:
+    values = {
+        "scale_steps": True,
+        "algo": "maxright",
+        "max_train_rows": 5,
+        "output_dir": "a b",
+        "max_eval_rows": None,
+        "lr_scheduler_type": "cosine_with_min_lr",
+        "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
+        "report_to": ["none"],
+    }
+    config = parse([*CPU, "--config", write_yaml(tmp_path / "own.yaml", values)])
+    assert config.training.scale_steps is True
+    assert config.data.max_train_rows == 5
+    assert config.data.max_eval_rows is None
+    assert config.output_dir == "a b"
+    assert config.training.lr_scheduler_kwargs == {"min_lr_rate": 0.1}
+
+
+def test_every_option_of_every_algorithm_has_a_flag() -> None:
+    known = set(SCHEDULE_FLAGS.values()) | {"seed"}
+    for name in REGISTRY:
+        assert scheduler_options(name) <= known
+
+
+@pytest.mark.parametrize("algo", REGISTRY)
+def test_every_algorithm_has_defaults(algo: str) -> None:
+    config = parse([*CPU, "--algo", algo, "--seed", "5"])
+    options = options_of(config)
+    assert make_scheduler(algo, **options).runs == ()
+    assert options.get("seed", 5) == 5
+    expected = (Task[algo.upper()],) if algo in ("sft", "dpo") else tuple(Task)
+    assert config.tasks == expected
+
+
+def test_defaults_of_the_schedules_are_the_ones_that_help_states() -> None:
+    """In particular refresh_every = 10, as in the authors' scripts."""
+    assert schedule_defaults("maxright") == {
+        "lam": 0.5,
+        "optimum": (0.0, 0.0),
+        "refresh_every": 10,
+        "scale_steps": False,
+        "value_ema": 1.0,
+    }
+    assert schedule_defaults("importance") == {"lam": 0.5, "dpo_probability": 0.5, "seed": 0}
+    assert schedule_defaults("alternate") == {"lam": 0.5, "cycle": 2}
+    assert schedule_defaults("sequential") == {"first_steps": 50, "order": "sft_then_dpo"}
+    assert schedule_defaults("sft") == schedule_defaults("dpo") == {}
+
+
+def schedule_defaults(algo: str) -> dict[str, Any]:
+    return options_of(parse([*CPU, "--algo", algo]))
+
+
+@pytest.mark.parametrize(
+    ("split", "first_steps"), [(None, 50), ("0", 0), ("0.25", 25), ("0.333", 33), ("1", 100)]
+)
+def test_split_is_the_share_of_the_first_stage(split: str | None, first_steps: int) -> None:
+    flags = [] if split is None else ["--split", split]
+    config = parse([*CPU, "--algo", "sequential", *flags])
+    scheduler = make_scheduler("sequential", **options_of(config))
+    assert scheduler == Sequential(first_steps, "sft_then_dpo")
+
+
+@pytest.mark.parametrize(
+    ("algo", "flag", "value", "option"),
+    [
+        ("mix", "lam", "0.0", 0.0),
+        ("maxright", "refresh_every", "1", 1),
+        ("maxright", "scale_steps", "true", True),
+        ("maxright", "value_ema", "0.5", 0.5),
+        ("importance", "dpo_probability", "0.1", 0.1),
+        ("alternate", "cycle", "7", 7),
+        ("sequential", "order", "dpo_then_sft", "dpo_then_sft"),
+    ],
+)
+def test_a_flag_reaches_its_scheduler(algo: str, flag: str, value: str, option: Any) -> None:
+    for spelled in (f"--{flag}", f"--{flag.replace('_', '-')}"):
+        config = parse([*CPU, "--algo", algo, spelled, value])
+        assert options_of(config)[SCHEDULE_FLAGS[flag]] == option
+
+
+def test_each_objective_may_have_its_own_batch_size_and_length(own: list[str]) -> None:
+    flags = ["--per_device_train_batch_size", "4", "--dpo_per_device_train_batch_size", "2"]
+    config = parse([*own, *flags, "--max_length", "64", "--sft_max_length", "32"])
+    assert [config.training.batch_size(task) for task in (Task.DPO, Task.SFT)] == [2, 4]
+    assert [config.max_length(task) for task in (Task.DPO, Task.SFT)] == [64, 32]
+
+
+def test_nan_losses_are_not_filtered() -> None:
+    assert parse(CPU).training.logging_nan_inf_filter is False
+
+
+# --- what is refused
+
+UNUSED = {
+    "lam": "0.5",
+    "refresh_every": "5",
+    "scale_steps": "true",
+    "value_ema": "0.5",
+    "order": "dpo_then_sft",
+    "split": "0.5",
+    "dpo_probability": "0.5",
+    "cycle": "4",
+}
+
+
+def unused_pairs() -> list[tuple[str, str]]:
+    return [
+        (algo, flag)
+        for algo in REGISTRY
+        for flag in UNUSED
+        if SCHEDULE_FLAGS[flag] not in scheduler_options(algo)
+    ]
+
+
+def test_flags_that_may_be_unused_are_all_tested() -> None:
+    assert set(UNUSED) == set(SCHEDULE_FLAGS) - {"optima"}  # every run may measure gaps
+    assert {"sft", "alright"} <= {algo for algo, _ in unused_pairs()}
+
+
+@pytest.mark.parametrize(("algo", "flag"), unused_pairs())
+def test_a_flag_that_the_algorithm_does_not_use_is_refused(
+    algo: str, flag: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for spelled in (f"--{flag}", f"--{flag.replace('_', '-')}"):
+        text = error_of([*CPU, "--algo", algo, spelled, UNUSED[flag]], capsys)
+        assert f"--{flag} is not used by --algo {algo}" in text
+
+
+def test_a_key_of_a_config_that_the_algorithm_does_not_use_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where the command line changes the file's algorithm: nothing is ignored in silence."""
+    recipe = write_yaml(tmp_path / "own.yaml", {"algo": "maxright", "refresh_every": 5})
+    assert parse([*CPU, "--config", recipe]).training.refresh_every == 5
+    text = error_of([*CPU, "--config", recipe, "--algo", "alright"], capsys)
+    assert "--refresh_every is not used by --algo alright" in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ("--lam 1.5", "lam is 1.5"),
+        ("--lam -0.1", "lam is -0.1"),
+        ("--lam nan", "lam is nan"),
+        ("--lam half", "--lam"),
+        ("--algo ppo", "ppo"),
+        ("--algo maxright --refresh_every 0", "refresh_every is 0"),
+        ("--algo maxright --value_ema 0", "value_ema is 0"),
+        ("--algo sequential --split 1.1", "--split is 1.1"),
+        ("--algo sequential --split nan", "--split is nan"),
+        ("--algo sequential --order both", "order is 'both'"),
+        ("--algo importance --dpo_probability 1", "dpo_probability"),
+        ("--algo alternate --cycle 0", "cycle is 0"),
+        ("--conflict -0.5", "--conflict is -0.5"),
+        ("--beta 0", "beta is 0"),
+        ("--beta -1", "beta is -1"),
+        ("--beta inf", "beta is inf"),
+        ("--label_smoothing 0.5", "label_smoothing is 0.5"),
+        ("--label_smoothing -0.1", "label_smoothing is -0.1"),
+        ("--label_smoothing 0.1 --loss_type ipo", "label_smoothing"),
+        ("--loss_type kto", "loss_type is 'kto'"),
+        ("--per_device_train_batch_size 0", "batch size"),
+        ("--dpo_per_device_train_batch_size 0", "batch size of dpo"),
+        ("--max_train_rows 0", "--max_train_rows is 0"),
+        ("--max_eval_rows -3", "--max_eval_rows is -3"),
+        ("--dtype int8", "int8"),
+        ("--truncation_mode middle", "middle"),
+        ("--no_such_flag 1", "--no_such_flag"),
+        ("--lambda 0.5", "--lambda"),
+        ("--learn 0.5", "--learn"),  # no abbreviations
+        ("--config", "--config"),
+        ("--sft_dataset rows.jsonl", "--sft_dataset: this needs a model of your own"),
+        ("--dtype bfloat16", "--dtype: this needs a model of your own"),
+        ("--held-out 0.1", "--held_out: this needs a model of your own"),
+        ("--label_smoothing_factor 0.1", "--label_smoothing_factor is not supported"),
+        ("--auto_find_batch_size true", "--auto_find_batch_size is not supported"),
+        ("--save_strategy best", "--metric_for_best_model"),
+        (
+            "--load_best_model_at_end true --save_strategy steps --save_steps 100",
+            "--metric_for_best_model",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line(flags: str, named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert named in error_of([*CPU, *flags.split()], capsys)
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ("--conflict 0.5", "--conflict belongs to the embedded corpus"),
+        ("--held_out 0", "--held_out is 0"),
+        ("--held_out 1", "--held_out is 1"),
+        ("--sft_dataset missing.jsonl", "--sft_dataset missing.jsonl does not exist"),
+        ("--dpo_eval_dataset missing.parquet", "--dpo_eval_dataset missing.parquet does not exist"),
+        ("--sft_dataset some/rows --sft_eval_dataset some/rows", "--sft_eval_dataset holds the"),
+    ],
+)
+def test_a_mistake_about_data_is_one_line(
+    flags: str, named: str, own: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert named in error_of([*own, *flags.split()], capsys)
+
+
+@pytest.mark.parametrize("algo", REGISTRY)
+def test_an_algorithm_needs_the_data_that_it_trains_on(
+    algo: str, own: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    without = {Task.SFT: own[:2] + own[4:], Task.DPO: own[:4] + own[6:]}
+    for task, argv in without.items():
+        argv = [*argv, "--algo", algo]
+        if task.other.label == algo:
+            assert parse(argv).tasks == (task.other,)
+        else:
+            text = error_of(argv, capsys)
+            assert f"trains on {task.label}: give --{task.label}_dataset" in text
+
+
+@pytest.mark.parametrize(
+    ("algo", "flags"),
+    [
+        ("sft", "--beta 0.2"),
+        ("sft", "--loss-type ipo"),
+        ("sft", "--reference some/model"),
+        ("sft", "--dpo_max_length 5"),
+        ("dpo", "--sft_per_device_train_batch_size 5"),
+    ],
+)
+def test_a_flag_of_an_objective_without_data_is_refused(
+    algo: str, flags: str, own: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = own[:4] + own[6:] if algo == "sft" else own[:2] + own[4:]
+    other = Task[algo.upper()].other
+    text = error_of([*argv, "--algo", algo, *flags.split()], capsys)
+    assert f"is not used without --{other.label}_dataset" in text
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ({"lamb": 0.5, "algoo": "mix"}, "unknown keys: algoo, lamb"),
+        ({"help": True}, "unknown keys: help"),
+        ({"config": "other.yaml"}, "unknown keys: config"),
+        ("lam: [0.5\n", "not valid YAML"),
+        ("- lam\n- 0.5\n", "must hold a mapping"),
+        ("", "must hold a mapping"),
+        ({"lam": 1.5}, "lam is 1.5"),
+        ({"lam": "much"}, "--lam"),
+        ({"algo": "sft", "lam": 0.5}, "--lam is not used by --algo sft"),
+        ({"beta": 0}, "beta is 0"),
+        ({"max_steps": [1, 2]}, "2"),
+    ],
+)
+def test_values_of_a_config_are_checked(
+    content: Any, named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_yaml(tmp_path / "own.yaml", content)
+    text = error_of([*CPU, "--config", recipe], capsys)
+    assert named in text
+
+
+def test_a_config_that_cannot_be_read_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing, binary = tmp_path / "missing.yaml", tmp_path / "binary.yaml"
+    binary.write_bytes(b"\xff\xfe\x00\x01")
+    for path in (missing, tmp_path, binary):
+        assert f"--config {path}" in error_of([*CPU, "--config", str(path)], capsys)
+    assert "No such file" in error_of([*CPU, f"--config={missing}"], capsys)
+
+
+def test_the_conflict_of_a_config_is_refused_with_an_own_model(
+    own: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_yaml(tmp_path / "own.yaml", {"conflict": 0.5})
+    assert "--conflict belongs" in error_of([*own, "--config", recipe], capsys)
+
+
+def test_the_best_model_may_be_chosen_by_one_objective(own: list[str]) -> None:
+    flags = ["--load_best_model_at_end", "true", "--save_strategy", "steps", "--eval_strategy"]
+    flags += ["steps", "--save_steps", "10", "--eval_steps", "10"]
+    config = parse([*own, *flags, "--metric_for_best_model", "eval_dpo_loss"])
+    assert config.training.greater_is_better is False
+
+
+def test_the_command_fails_with_one_line_and_no_traceback(tmp_path: Path) -> None:
+    """The real process: the exit status and everything that it prints."""
+    missing = tmp_path / "optima.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "llm.run", "--lam", "2", "--optima", str(missing)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("python -m llm.run: error: lam is 2.0")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_names_every_flag_of_ours(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse(["--help"])
+    assert caught.value.code == 0
+    printed = capsys.readouterr().out
+    for flag in ("--config", "--optima", "--reference", "--conflict", *map("--{}".format, UNUSED)):
+        assert flag in printed
+
+
+def test_a_config_survives_json() -> None:
+    """What run writes to joint_config.json is plain data."""
+    config = parse([*CPU, "--algo", "maxright"])
+    assert json.loads(json.dumps(config.training.to_dict()))["algo"] == "maxright"

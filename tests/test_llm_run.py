@@ -1,0 +1,519 @@
+"""llm.run end to end: every algorithm, what it leaves behind, own models and data, resuming."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from _text import SHARED, needs_shared
+from _tiny import TOKENIZER, make_policy, short_run
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import llm.run
+from llm import embedded
+from llm.config import parse
+from llm.evaluate import evaluate_objective
+from llm.run import main
+from llm.setup import Setup, prepare
+from theory.cli import run_command
+from theory.schedulers import REGISTRY
+from theory.tasks import Task
+
+pytestmark = pytest.mark.usefixtures("short_base_training", "datasets_cache")
+
+FILES = {"joint_config.json", "joint_summary.json", "metrics.jsonl", "schedule.json"}
+MODEL_FILES = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+
+
+@pytest.fixture(scope="module")
+def datasets_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One cache for the module: the real data are converted once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        yield
+
+
+@pytest.fixture
+def prepared(monkeypatch: pytest.MonkeyPatch) -> list[Setup]:
+    """What the runs of this test trained on."""
+    setups: list[Setup] = []
+
+    def recorded(*arguments: Any) -> Setup:
+        setups.append(prepare(*arguments))
+        return setups[-1]
+
+    monkeypatch.setattr(llm.run, "prepare", recorded)
+    return setups
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def log_lines(output_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def fails_with(argv: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line of the command's error."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        run_command(lambda: main(argv), "run")
+    assert isinstance(caught.value.code, str)
+    assert caught.value.code.startswith("run: error: ")
+    assert "\n" not in caught.value.code
+    return caught.value.code
+
+
+def held_out_losses(output_dir: Path, setup: Setup) -> dict[str, float]:
+    """The losses of the saved model, loaded as a user of transformers would."""
+    model = AutoModelForCausalLM.from_pretrained(output_dir)
+    tokenizer = AutoTokenizer.from_pretrained(output_dir)
+    assert tokenizer.get_vocab() == setup.tokenizer.get_vocab()
+    return {
+        f"{task.label}_loss": evaluate_objective(
+            model,
+            setup.objectives[task],
+            setup.held_out[task].rows,
+            batch_size=7,
+            pad_token_id=tokenizer.pad_token_id,
+        )["loss"]
+        for task in setup.held_out
+    }
+
+
+# --- every algorithm on the embedded corpus
+
+
+@pytest.mark.parametrize("algo", REGISTRY)
+def test_every_algorithm_runs_and_leaves_a_model(
+    algo: str, tmp_path: Path, prepared: list[Setup], capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(short_run(tmp_path, "--algo", algo, "--optima", "none" if algo != "maxright" else "auto"))
+    (setup,) = prepared
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names >= FILES | MODEL_FILES
+    assert not [name for name in names if name.endswith(".tmp")]
+    assert read(tmp_path / "joint_config.json")["training"]["algo"] == algo
+
+    summary, schedule = read(tmp_path / "joint_summary.json"), read(tmp_path / "schedule.json")
+    assert summary["algo"] == algo
+    trained_on = set(summary["steps"])
+    assert trained_on == ({algo} if algo in ("sft", "dpo") else {"sft", "dpo"})
+    assert len(schedule["decisions"]) == schedule["schedule"]["step"] == 8
+    for label, steps in summary["steps"].items():
+        taken = [pair for pair in schedule["decisions"] if pair[Task[label.upper()]] != 0.0]
+        assert steps == schedule["steps_taken"][label] == len(taken)
+        assert schedule["consumed"][label] == 8 * steps
+    assert summary["rows"]["sft train"]["kept"] == summary["rows"]["dpo train"]["kept"] == 48
+
+    # The saved model is the trained one: loaded anew it has the summary's losses.
+    after, before = (summary["held_out"][moment] for moment in ("after", "before"))
+    losses = held_out_losses(tmp_path, setup)
+    assert losses == pytest.approx({name: after[name] for name in losses}, rel=1e-5)
+    for label, steps in summary["steps"].items():
+        assert (after[f"{label}_loss"] != before[f"{label}_loss"]) or steps == 0
+    assert before["dpo_loss"] == pytest.approx(0.6931, abs=1e-4)
+
+    lines = log_lines(tmp_path)
+    evaluations = [line for line in lines if "eval_sft_loss" in line]
+    assert [line["step"] for line in evaluations] == [4, 8]
+    assert evaluations[-1]["eval_dpo_loss"] == pytest.approx(after["dpo_loss"], rel=1e-6)
+    assert [line["step"] for line in lines if "loss" in line] == [2, 4, 6, 8]
+
+    printed = capsys.readouterr().out
+    assert summary["scheduler"] in printed
+    assert f"{after['sft_loss']:.4f}" in printed
+    assert f"{after['dpo_loss']:.4f}" in printed
+
+
+def test_gaps_are_measured_against_the_estimated_optima(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(short_run(tmp_path, "--lam", "0.25"))
+    summary = read(tmp_path / "joint_summary.json")
+    optimum = read(tmp_path / "optima.json")
+    assert summary["optimum"] == {label: optimum[label] for label in ("dpo", "sft")}
+    after = summary["held_out"]["after"]
+    gaps = [after[f"{label}_loss"] - optimum[label] for label in ("dpo", "sft")]
+    combined = summary["combined"]["after"]
+    mix = 0.25 * after["dpo_loss"] + 0.75 * after["sft_loss"]
+    assert combined["f_mix"] == pytest.approx(mix, rel=1e-12)
+    assert combined["ideal_distance"] == pytest.approx(sum(g * g for g in gaps) ** 0.5, rel=1e-9)
+    printed = capsys.readouterr().out
+    for gap in gaps:
+        assert f"{gap:.4f}" in printed
+
+
+def test_a_run_is_reproducible(tmp_path: Path) -> None:
+    summaries = []
+    for name in ("first", "second"):
+        main(short_run(tmp_path / name, "--optima", "none"))
+        summaries.append(read(tmp_path / name / "joint_summary.json"))
+        del summaries[-1]["seconds"]
+    assert summaries[0] == summaries[1]
+
+
+def test_the_base_policy_does_not_depend_on_the_algorithm(
+    tmp_path: Path, prepared: list[Setup]
+) -> None:
+    for algo in ("mix", "sft"):
+        main(short_run(tmp_path / algo, "--algo", algo, "--optima", "none"))
+    policies = [setup.new_policy().state_dict() for setup in prepared]
+    torch.testing.assert_close(policies[0], policies[1], rtol=0, atol=0)
+    assert prepared[0].held_out[Task.DPO].rows == prepared[1].held_out[Task.DPO].rows
+
+
+def test_another_reference_is_not_the_policy(tmp_path: Path, prepared: list[Setup]) -> None:
+    """The reference is a finished run: the policy no longer starts at log 2."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    main(short_run(first, "--algo", "sft", "--optima", "none"))
+    flags = ["--algo", "dpo", "--optima", "none", "--reference", str(first)]
+    main(short_run(second, *flags))
+    before = read(second / "joint_summary.json")["held_out"]["before"]
+    assert abs(before["dpo_loss"] - 0.6931) > 1e-3
+    row = prepared[1].held_out[Task.DPO].rows[0]
+    assert row["ref_chosen_logps"] != prepared[0].held_out[Task.DPO].rows[0]["ref_chosen_logps"]
+
+
+def test_the_reference_has_the_precision_of_the_training(tmp_path: Path) -> None:
+    """A policy that stays where it is has no margin to itself, in bfloat16 too, at any moment."""
+    flags = ["--algo", "dpo", "--bf16", "true", "--learning_rate", "1e-30", "--optima", "none"]
+    main(short_run(tmp_path, *flags))
+    held_out = read(tmp_path / "joint_summary.json")["held_out"]
+    assert held_out["after"] == held_out["before"]
+    assert held_out["after"]["dpo_reward_margin"] == 0.0
+    evaluation = next(line for line in log_lines(tmp_path) if "eval_dpo_loss" in line)
+    assert evaluation["eval_dpo_reward_margin"] == 0.0
+
+
+# --- the output directory
+
+
+def test_results_of_another_run_are_not_overwritten(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(short_run(tmp_path, "--optima", "none"))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    other = short_run(tmp_path, "--optima", "none", "--lam", "0.9")
+    text = fails_with(other, capsys)
+    assert "holds the results of a run with other settings" in text
+    after = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    assert after == before
+    main([*other, "--overwrite_output_dir", "true"])
+    assert read(tmp_path / "joint_summary.json")["lam"] == 0.9
+
+
+def test_the_same_command_may_run_again(tmp_path: Path) -> None:
+    summaries = []
+    for _ in range(2):
+        main(short_run(tmp_path, "--optima", "none"))
+        summaries.append(read(tmp_path / "joint_summary.json")["held_out"])
+        assert [line["step"] for line in log_lines(tmp_path) if "loss" in line] == [2, 4, 6, 8]
+    assert summaries[0] == summaries[1]
+
+
+def test_an_output_directory_that_is_a_file_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "file"
+    path.write_text("mine")
+    assert "exists and is not a directory" in fails_with(short_run(path), capsys)
+    assert path.read_text() == "mine"
+
+
+# --- failures
+
+
+@pytest.mark.parametrize("max_steps", ["8", "1"])
+def test_a_loss_that_is_no_number_ends_the_run_with_one_line_and_no_model(
+    max_steps: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After one step only the held-out loss can tell: its own loss came before the update."""
+    flags = ["--learning_rate", "1e30", "--optima", "none", "--max_grad_norm", "0"]
+    flags += ["--max_steps", max_steps, "--warmup_steps", "0"]
+    text = fails_with(short_run(tmp_path, "--algo", "sft", *flags), capsys)
+    assert " is nan at step " in text
+    assert "--learning_rate" in text
+    assert {path.name for path in tmp_path.iterdir()} <= {"joint_config.json", "metrics.jsonl"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ("--max_length 1", "max_length is 1"),
+        ("--max_length 65", "the model has only 64 positions"),
+        ("--reference no/such-model-anywhere", "cannot load no/such-model-anywhere"),
+        ("--algo maxright --optima none", "maxright compares gaps"),
+        ("--optima missing.json", "--optima missing.json: No such file"),
+        ("--resume_from_checkpoint true", "no checkpoint in"),
+        ("--resume_from_checkpoint nowhere", "nowhere is not a directory"),
+    ],
+)
+def test_a_mistake_that_only_the_run_can_see_is_one_line(
+    flags: str,
+    named: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    optima = [] if "--optima" in flags else ["--optima", "none"]
+    assert named in fails_with(short_run(tmp_path, *optima, *flags.split()), capsys)
+
+
+# --- resuming
+
+
+RESUMABLE = ["--save_strategy", "steps", "--save_steps", "3", "--optima", "none"]
+
+
+def interrupted(output_dir: Path, *flags: str) -> None:
+    """A finished run made to look as if it had been killed after its checkpoint at step 6."""
+    main(short_run(output_dir, *RESUMABLE, *flags))
+    for name in ("joint_summary.json", "schedule.json", "model.safetensors"):
+        (output_dir / name).unlink()
+    shutil.rmtree(output_dir / "checkpoint-8")
+    with (output_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "loss": 0.')
+
+
+@pytest.mark.parametrize("algo", ["alright", "sequential"])
+def test_a_killed_run_ends_as_if_it_had_not_been_killed(algo: str, tmp_path: Path) -> None:
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    main(short_run(straight, *RESUMABLE, "--algo", algo))
+    interrupted(killed, "--algo", algo)
+    main(short_run(killed, *RESUMABLE, "--algo", algo, "--resume_from_checkpoint", "true"))
+    expected, actual = (read(path / "joint_summary.json") for path in (straight, killed))
+    for summary in (expected, actual):
+        del summary["seconds"]
+    assert actual == expected
+    assert read(killed / "schedule.json") == read(straight / "schedule.json")
+    weights = (killed / "model.safetensors").read_bytes()
+    assert weights == (straight / "model.safetensors").read_bytes()
+    # No step is logged twice, and the line that the kill cut short is gone.
+    losses = [
+        [(line["step"], line["loss"]) for line in log_lines(path) if "loss" in line]
+        for path in (killed, straight)
+    ]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ("--beta 0.2", "dpo loss"),
+        ("--seed 5", "data|order|schedule"),
+        ("--conflict 0.5", "dpo data"),
+        ("--lam 0.9", "schedule"),
+    ],
+)
+def test_a_checkpoint_is_not_continued_under_other_settings(
+    flags: str, named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    interrupted(tmp_path)
+    resume = [*RESUMABLE, "--resume_from_checkpoint", "true", *flags.split()]
+    text = fails_with(short_run(tmp_path, *resume), capsys)
+    assert "the checkpoint belongs to another run" in text
+    assert any(name in text for name in named.split("|"))
+
+
+# --- a model and data of one's own
+
+
+def write_jsonl(path: Path, rows: Sequence[dict[str, str]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Callable[..., list[str]]:
+    """The command line of a run on a saved tiny model and JSONL files of 40 rows each."""
+    model_dir = tmp_path / "model"
+    make_policy().save_pretrained(model_dir)
+    TOKENIZER.save_pretrained(model_dir)
+    corpus = embedded.generate_corpus(train_rows=40, eval_rows=10)
+    sources = {
+        "sft_dataset": write_jsonl(tmp_path / "sft.jsonl", corpus.sft_train),
+        "dpo_dataset": write_jsonl(tmp_path / "dpo.jsonl", corpus.dpo_train),
+        "sft_eval_dataset": write_jsonl(tmp_path / "sft_eval.jsonl", corpus.sft_eval),
+        "dpo_eval_dataset": write_jsonl(tmp_path / "dpo_eval.jsonl", corpus.dpo_eval),
+    }
+
+    def command(*flags: str, evaluation_sets: bool = True) -> list[str]:
+        names = sources if evaluation_sets else [n for n in sources if "eval" not in n]
+        return [
+            *("--model_name_or_path", str(model_dir), "--output_dir", str(tmp_path / "out")),
+            *("--max_steps", "6", "--use_cpu", "true", "--disable_tqdm", "true"),
+            *("--report_to", "none", "--save_strategy", "no", "--learning_rate", "1e-2"),
+            *(token for name in names for token in (f"--{name}", sources[name])),
+            *flags,
+        ]
+
+    return command
+
+
+@pytest.mark.parametrize("algo", ["alright", "maxright"])
+def test_own_files_and_an_own_model_train(
+    algo: str, own: Callable[..., list[str]], tmp_path: Path, prepared: list[Setup]
+) -> None:
+    main(own("--algo", algo))
+    out = tmp_path / "out"
+    summary = read(out / "joint_summary.json")
+    assert (summary["optimum"] is None) == (algo != "maxright")
+    assert summary["rows"]["dpo held-out"]["kept"] == 10
+    losses = held_out_losses(out, prepared[0])
+    after = summary["held_out"]["after"]
+    assert losses == pytest.approx({name: after[name] for name in losses}, rel=1e-5)
+    assert sum(summary["steps"].values()) == 6
+
+
+def test_one_objective_needs_the_data_of_that_objective_only(
+    own: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    argv = own("--algo", "sft")
+    for name in ("dpo_dataset", "dpo_eval_dataset"):
+        at = argv.index(f"--{name}")
+        del argv[at : at + 2]
+    main(argv)
+    summary = read(tmp_path / "out" / "joint_summary.json")
+    assert summary["steps"] == {"sft": 6}
+    assert set(summary["held_out"]["after"]) == {"sft_loss", "sft_sequence_loss"}
+
+
+def test_an_epoch_counts_the_longer_data_set(own: Callable[..., list[str]], tmp_path: Path) -> None:
+    flags = ["--max_steps", "-1", "--num_train_epochs", "0.5", "--max_train_rows", "32"]
+    main(own("--sft_per_device_train_batch_size", "2", *flags))
+    summary = read(tmp_path / "out" / "joint_summary.json")
+    assert sum(summary["steps"].values()) == 8  # half of 32 / 2
+
+
+def test_without_evaluation_sets_the_same_share_is_held_out_every_time(
+    own: Callable[..., list[str]], prepared: list[Setup], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for _ in range(2):
+        main(own("--held_out", "0.2", evaluation_sets=False))
+    printed = capsys.readouterr().out
+    first, second = prepared
+    for task in Task:
+        assert (len(first.train[task].rows), len(first.held_out[task].rows)) == (32, 8)
+        assert first.train[task].rows == second.train[task].rows
+        assert first.held_out[task].rows == second.held_out[task].rows
+        assert f"{task.label}: no evaluation set named, 8 rows held out" in printed
+
+
+def test_the_held_out_share_is_disjoint_from_the_training_rows(
+    tmp_path: Path, own: Callable[..., list[str]]
+) -> None:
+    """Rows that are all different: none is on both sides, none is lost."""
+    pairs = [(chore, thing) for chore in embedded.CHORES for thing in embedded.THINGS][:50]
+    asked = [embedded.QUESTIONS[0].format(chore=c, thing=t) for c, t in pairs]
+    sft = [{"prompt": q, "completion": " with a cloth ."} for q in asked]
+    dpo = [
+        {"prompt": q, "chosen": " with a cloth .", "rejected": " ask an expert ."} for q in asked
+    ]
+    argv = own(evaluation_sets=False)
+    for name, rows in (("sft", sft), ("dpo", dpo)):
+        argv[argv.index(f"--{name}_dataset") + 1] = write_jsonl(tmp_path / f"{name}_50.jsonl", rows)
+    setup = prepare(parse([*argv, "--held_out", "0.1"]), lambda _: None)
+    for task in Task:
+        train, held_out = (
+            {tuple(row["prompt_ids"]) for row in part[task].rows}
+            for part in (setup.train, setup.held_out)
+        )
+        assert (len(train), len(held_out)) == (45, 5)
+        assert train & held_out == set()
+
+
+@pytest.mark.parametrize(
+    ("flag", "name", "named"),
+    [
+        ("--model_name_or_path", ".", "cannot load"),
+        ("--reference", ".", "cannot load"),
+        ("--sft_dataset", "rows.jsonl", "sft train"),
+        ("--dpo_eval_dataset", "rows.jsonl", "dpo held-out"),
+        ("--sft_dataset", "rows.txt", "unknown suffix '.txt'"),
+    ],
+)
+def test_an_own_model_or_file_that_is_broken_is_one_line(
+    flag: str,
+    name: str,
+    named: str,
+    own: Callable[..., list[str]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for file in ("rows.jsonl", "rows.txt"):
+        (tmp_path / file).write_text('{"question": "why ?", "answer": "so ."}\n')
+    argv = own()
+    if flag in argv:
+        del argv[argv.index(flag) : argv.index(flag) + 2]
+    assert named in fails_with([*argv, flag, str(tmp_path / name)], capsys)
+
+
+def test_a_reference_with_another_vocabulary_is_refused(
+    own: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    make_policy(vocab_size=len(TOKENIZER) + 1).save_pretrained(other)
+    text = fails_with(own("--reference", str(other)), capsys)
+    assert f"--reference {other} has another vocabulary" in text
+
+
+# --- real data and a real model
+
+
+@needs_shared
+@pytest.mark.parametrize("algo", REGISTRY)
+def test_a_pretrained_model_trains_on_real_data(
+    algo: str, tmp_path: Path, prepared: list[Setup]
+) -> None:
+    data = SHARED / "data"
+    main(
+        [
+            *("--model_name_or_path", str(SHARED / "models" / "tinystories-656k")),
+            *("--sft_dataset", str(data / "sft_train.parquet")),
+            *("--sft_eval_dataset", str(data / "sft_eval.parquet")),
+            *("--dpo_dataset", str(data / "preference_train.parquet")),
+            *("--dpo_eval_dataset", str(data / "preference_eval.parquet")),
+            *("--max_train_rows", "64", "--max_eval_rows", "16", "--max_length", "48"),
+            *("--max_steps", "4", "--per_device_train_batch_size", "2", "--use_cpu", "true"),
+            *("--report_to", "none", "--save_strategy", "no", "--disable_tqdm", "true"),
+            *("--learning_rate", "1e-3", "--logging_steps", "1", "--algo", algo),
+            *("--output_dir", str(tmp_path)),
+        ]
+    )
+    summary = read(tmp_path / "joint_summary.json")
+    for name, report in summary["rows"].items():
+        assert report["total"] == (64 if name.endswith("train") else 16)
+        assert report["kept"] + sum(report["dropped"].values()) == report["total"]
+    assert summary["rows"]["dpo train"]["truncated"] > 0
+    losses = held_out_losses(tmp_path, prepared[0])
+    after = summary["held_out"]["after"]
+    assert losses == pytest.approx({name: after[name] for name in losses}, rel=1e-5)
+    assert sum(summary["steps"].values()) == (8 if algo == "mix" else 4)
+
+
+@needs_shared
+def test_dropped_rows_are_counted_in_the_summary(tmp_path: Path) -> None:
+    """The prompts of the real pairs do not fit into 24 tokens when their start is kept."""
+    data = SHARED / "data"
+    argv = [
+        *("--model_name_or_path", str(SHARED / "models" / "tinystories-656k"), "--algo", "dpo"),
+        *("--dpo_dataset", str(data / "preference_train.parquet")),
+        *("--dpo_eval_dataset", str(data / "preference_eval.parquet")),
+        *("--max_train_rows", "64", "--max_eval_rows", "32", "--max_length", "64"),
+        *("--truncation_mode", "keep_start", "--max_steps", "1", "--use_cpu", "true"),
+        *("--report_to", "none", "--save_strategy", "no", "--disable_tqdm", "true"),
+        *("--output_dir", str(tmp_path)),
+    ]
+    main(argv)
+    report = read(tmp_path / "joint_summary.json")["rows"]["dpo train"]
+    assert report["dropped"]["no response token left by truncation"] > 0
+    assert report["kept"] + sum(report["dropped"].values()) == report["total"] == 64
