@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from llm.callbacks import JsonLines
+from llm.checkpoints import intact, newest_intact
 from llm.config import PROG, RunConfig, parse, schedule_options
 from llm.optima import Optimum, find_optimum
 from llm.setup import Setup, make_trainer, prepare, total_steps
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     say = _speaker(config)
     setup = prepare(config, say)
     optimum = find_optimum(setup, config, say)
-    trainer, before, after = train(setup, config, optimum)
+    trainer, before, after = train(setup, config, optimum, say)
     summary = summarise(setup, config, trainer, before, after, optimum)
     summary["seconds"]["total"] = time.perf_counter() - started
     if trainer.is_world_process_zero():
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def train(
-    setup: Setup, config: RunConfig, optimum: Optimum | None
+    setup: Setup, config: RunConfig, optimum: Optimum | None, say: Any
 ) -> tuple[JointTrainer, dict[str, float], dict[str, float]]:
     """Train and save; returns the trainer and the held-out values before and after."""
     num_steps = total_steps(setup, config)
@@ -72,7 +72,7 @@ def train(
         setup, config, arguments, scheduler, config.tasks, callbacks=[log], description=name
     )
     before = trainer.held_out()
-    trainer.train(resume_from_checkpoint=_checkpoint(arguments))
+    trainer.train(resume_from_checkpoint=_checkpoint(arguments, say))
     after = trainer.held_out()
     trainer.save_model()
     return trainer, before, after
@@ -179,19 +179,14 @@ def _identity(config: RunConfig) -> dict[str, Any]:
     return {"model": asdict(config.model), "data": asdict(config.data), "training": kept}
 
 
-def _checkpoint(arguments: TrainingArguments) -> str | None:
-    """The checkpoint to resume from; `--resume_from_checkpoint true` means the newest."""
-    wanted = arguments.resume_from_checkpoint
-    if wanted is None or str(wanted).lower() == "false":
+def _checkpoint(arguments: TrainingArguments, say: Any) -> str | None:
+    """The checkpoint to resume from; `--resume_from_checkpoint true` means the newest intact."""
+    wanted = str(arguments.resume_from_checkpoint or "false")
+    if wanted.lower() == "false":
         return None
-    if str(wanted).lower() != "true":
-        if not Path(wanted).is_dir():
-            raise UserError(f"--resume_from_checkpoint {wanted} is not a directory")
-        return str(wanted)
-    newest = get_last_checkpoint(arguments.output_dir)
-    if newest is None:
-        raise UserError(f"--resume_from_checkpoint true: no checkpoint in {arguments.output_dir}")
-    return newest
+    if wanted.lower() == "true":
+        return str(newest_intact(Path(str(arguments.output_dir)), say))
+    return str(intact(Path(wanted)))
 
 
 def _speaker(config: RunConfig) -> Any:

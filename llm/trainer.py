@@ -22,9 +22,7 @@ from numpy.typing import NDArray
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from transformers import (
-    PreTrainedModel,
     ProgressCallback,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -32,6 +30,7 @@ from transformers import (
 )
 
 from llm.callbacks import ProgressBar
+from llm.checkpoints import SafeCheckpoints
 from llm.data import fingerprint_rows
 from llm.evaluate import evaluate_objective, held_out_summary
 from llm.learning_rate import staged_schedule
@@ -48,7 +47,7 @@ Objectives = Mapping[Task, LanguageObjective]
 RowSets = Mapping[Task, Sequence[Row]]
 
 
-class JointTrainer(Trainer):
+class JointTrainer(SafeCheckpoints):
     """Train one model on two objectives, each step on what `scheduler` says.
 
     Args:
@@ -316,24 +315,6 @@ class JointTrainer(Trainer):
         return sum(super(JointTrainer, self).floating_point_ops(batch) for batch in batches)
 
     # ----------------------------------------------------------------------------- checkpoints
-
-    def _load_from_checkpoint(
-        self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
-    ) -> None:
-        # GPT-NeoX checkpoints name the head `embed_out` and the model calls it `lm_head`. Trainer
-        # loads without strictness and leaves the trained head behind; `from_pretrained` renames.
-        target = model or self.model
-        if not isinstance(target, PreTrainedModel) or self.is_fsdp_enabled:
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        saved = type(target).from_pretrained(resume_from_checkpoint, dtype=target.dtype)
-        target.load_state_dict(saved.state_dict())
-        return None
-
-    def _load_best_model(self) -> None:
-        if isinstance(self.model, PreTrainedModel) and not self.is_fsdp_enabled:
-            self._load_from_checkpoint(str(self.state.best_model_checkpoint))
-        else:
-            super()._load_best_model()
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         for name, (total, _) in self._meters.items():

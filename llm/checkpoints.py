@@ -1,0 +1,172 @@
+"""Checkpoints that a killed run can trust: whole or absent, and checked byte by byte.
+
+A checkpoint is written into a staging folder, gets a manifest with the sha256 of every file, and
+appears under its name by one rename. Resuming verifies the manifest and falls back to the newest
+checkpoint that is intact. `SafeCheckpoints` puts this under transformers' Trainer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+
+from theory.cli import UserError
+from theory.records import read_json, write_json
+
+MANIFEST = "manifest.json"
+STAGING = ".staging"
+_NAME = re.compile(r"checkpoint-(\d+)")
+_CHUNK = 1 << 20
+
+
+class SafeCheckpoints(Trainer):
+    """A Trainer whose checkpoints are whole or absent, and whose heads come back."""
+
+    _staging: Path | None = None
+
+    def _get_output_dir(self, trial: Any) -> str:
+        # Trainer saves below this folder; while it does, that is the staging folder.
+        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        output_dir = Path(self._get_output_dir(trial))
+        name = f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            clear_staging(output_dir)
+        self.accelerator.wait_for_everyone()
+        self._staging = output_dir / STAGING
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._staging = None
+        self.accelerator.wait_for_everyone()
+        best = self.state.best_model_checkpoint
+        if best and STAGING in Path(best).parts:
+            best = self.state.best_model_checkpoint = str(output_dir / name)
+        if self.args.should_save:
+            staged = output_dir / STAGING / name
+            self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
+            publish(staged, output_dir)
+            rotate(output_dir, self.args.save_total_limit, [Path(best)] if best else [])
+        self.accelerator.wait_for_everyone()
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
+    ) -> None:
+        # GPT-NeoX checkpoints name the head `embed_out` and the model calls it `lm_head`. Trainer
+        # loads without strictness and leaves the trained head behind; `from_pretrained` renames.
+        target = model or self.model
+        if not isinstance(target, PreTrainedModel) or self.is_fsdp_enabled:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        saved = type(target).from_pretrained(resume_from_checkpoint, dtype=target.dtype)
+        target.load_state_dict(saved.state_dict())
+        return None
+
+    def _load_best_model(self) -> None:
+        if isinstance(self.model, PreTrainedModel) and not self.is_fsdp_enabled:
+            self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+        else:
+            super()._load_best_model()
+
+
+def clear_staging(output_dir: Path) -> None:
+    """Remove what a killed run left half-written."""
+    shutil.rmtree(output_dir / STAGING, ignore_errors=True)
+
+
+def publish(staged: Path, output_dir: Path) -> Path:
+    """Seal the staged checkpoint with its manifest and move it to its name in one step."""
+    files = sorted(path for path in staged.rglob("*") if path.is_file())
+    write_json(staged / MANIFEST, {str(p.relative_to(staged)): _sha256(p) for p in files})
+    for path in (*files, staged / MANIFEST):
+        _flush(path)
+    final = output_dir / staged.name
+    if final.exists():  # an older run's checkpoint of the same step
+        shutil.rmtree(final)
+    os.replace(staged, final)
+    _flush(output_dir)
+    clear_staging(output_dir)
+    return final
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, in one phrase; None if every byte is as it was written."""
+    try:
+        manifest = read_json(checkpoint / MANIFEST)
+        expected = dict(manifest.items())
+    except (OSError, ValueError, AttributeError):
+        return f"{MANIFEST} is missing or unreadable"
+    for name, digest in expected.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if _sha256(path) != digest:
+            return f"{name} was altered or cut short (its checksum differs)"
+    return None
+
+
+def newest_intact(output_dir: Path, say: Callable[[str], None]) -> Path:
+    """The newest undamaged checkpoint of a run; each damaged one on the way is named."""
+    for checkpoint in reversed(list_checkpoints(output_dir)):
+        problem = damage(checkpoint)
+        if problem is None:
+            return checkpoint
+        say(f"checkpoint {checkpoint} is damaged: {problem}; trying an older one")
+    raise UserError(f"--resume_from_checkpoint true: no intact checkpoint in {output_dir}")
+
+
+def intact(checkpoint: Path) -> Path:
+    """The checkpoint named by the user, or an error that says what is wrong with it."""
+    if not checkpoint.is_dir():
+        raise UserError(f"--resume_from_checkpoint {checkpoint} is not a directory")
+    problem = damage(checkpoint)
+    if problem is not None:
+        raise UserError(f"--resume_from_checkpoint {checkpoint} is damaged: {problem}")
+    return checkpoint
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """All checkpoints of a run, oldest first by their step."""
+    found = [
+        (int(match.group(1)), path)
+        for path in output_dir.glob("checkpoint-*")
+        if path.is_dir() and (match := _NAME.fullmatch(path.name))
+    ]
+    return [path for _, path in sorted(found)]
+
+
+def rotate(output_dir: Path, limit: int | None, keep: Collection[Path] = ()) -> None:
+    """Delete the oldest checkpoints beyond `limit`; those in `keep` and the newest stay."""
+    if limit is None or limit < 1:
+        return
+    kept = {path.resolve() for path in keep}
+    checkpoints = list_checkpoints(output_dir)
+    removable = [path for path in checkpoints[:-1] if path.resolve() not in kept]
+    for path in removable[: max(0, len(checkpoints) - limit)]:
+        shutil.rmtree(path)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Push a file or directory to the disk: a rename must not outrun its contents."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
