@@ -29,7 +29,11 @@ SCHEDULE_FLAGS = {"lam": "lam", "refresh_every": "refresh_every", "scale_steps":
 SCHEDULE_FLAGS |= {"order": "order", "split": "first_steps", "optima": "optimum"}
 SCHEDULE_FLAGS |= {"dpo_probability": "dpo_probability", "cycle": "cycle", "value_ema": "value_ema"}
 """Flag of the command line -> option of the schedulers that use it."""
-MODEL_FLAGS = ("model_revision", "dtype", "attn_implementation", "trust_remote_code", "held_out")
+LORA_FLAGS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
+MODEL_FLAGS = (
+    *("model_revision", "dtype", "attn_implementation", "trust_remote_code"),
+    *("use_peft", "held_out"),
+)
 """Flags that say how to load a model and data of one's own."""
 PREFERENCE_FLAGS = ("reference", "beta", "loss_type", "label_smoothing")
 UNSUPPORTED_FLAGS = ("label_smoothing_factor", "auto_find_batch_size")
@@ -56,6 +60,13 @@ class ModelArguments:
         default="initial",
         metadata={"help": "Reference of DPO: 'initial' (the policy before training) or a model."},
     )
+    use_peft: bool = field(default=False, metadata={"help": "Train LoRA adapters only."})
+    lora_r: int = field(default=16, metadata={"help": "LoRA: rank."})
+    lora_alpha: int = field(default=32, metadata={"help": "LoRA: scale, as alpha / r."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "LoRA: dropout."})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "LoRA: which modules. Default: peft's for the model."}
+    )
 
 
 @dataclass
@@ -73,6 +84,8 @@ class DataArguments:
     max_train_rows: int | None = field(
         default=None, metadata={"help": "Read at most this many rows of each training set."}
     )
+    sft_max_train_rows: int | None = field(default=None, metadata={"help": "The same, SFT only."})
+    dpo_max_train_rows: int | None = field(default=None, metadata={"help": "The same, DPO only."})
     max_eval_rows: int | None = field(
         default=None, metadata={"help": "Read at most this many rows of each evaluation set."}
     )
@@ -189,8 +202,14 @@ class RunConfig:
         return tuple(Task)
 
     def max_length(self, task: Task) -> int | None:
-        own = getattr(self.data, f"{task.label}_max_length")
-        return self.data.max_length if own is None else own
+        return self._own_or_common(task, "max_length")
+
+    def max_train_rows(self, task: Task) -> int | None:
+        return self._own_or_common(task, "max_train_rows")
+
+    def _own_or_common(self, task: Task, name: str) -> int | None:
+        own = getattr(self.data, f"{task.label}_{name}")
+        return getattr(self.data, name) if own is None else own
 
 
 def parse(argv: Sequence[str]) -> RunConfig:
@@ -280,7 +299,13 @@ def _check(config: RunConfig, explicit: set[str]) -> None:
     for task in Task:
         if training.batch_size(task) < 1:
             raise UserError(f"the batch size of {task.label} must be at least 1")
-    for name in ("max_train_rows", "max_eval_rows"):
+    unused = [f"--{name}" for name in LORA_FLAGS if name in explicit and not config.model.use_peft]
+    if unused:
+        raise UserError(f"{', '.join(unused)} is not used without --use_peft true")
+    if config.model.lora_r < 1 or not 0.0 <= config.model.lora_dropout < 1.0:
+        raise UserError("--lora_r must be at least 1 and --lora_dropout lie in [0, 1)")
+    rows = [f"{prefix}max_train_rows" for prefix in ("", "sft_", "dpo_")]
+    for name in (*rows, "max_eval_rows"):
         limit = getattr(config.data, name)
         if limit is not None and limit < 1:
             raise UserError(f"--{name} is {limit}; it must be at least 1")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from peft import LoraConfig, TaskType, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from llm.config import ModelArguments
@@ -31,6 +32,27 @@ def load_model(arguments: ModelArguments, name: str | None = None) -> PreTrained
         dtype=dtype,
         attn_implementation=arguments.attn_implementation,
     )
+
+
+def with_adapters(model: Any, arguments: ModelArguments) -> Any:
+    """The model itself, or with fresh LoRA adapters around it (`use_peft`).
+
+    A fresh adapter changes nothing yet (its B is 0), so the reference's log-probabilities can be
+    taken from the wrapped policy before training: no second model is held in memory.
+    """
+    if not arguments.use_peft:
+        return model
+    config = LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=arguments.lora_r,
+        lora_alpha=arguments.lora_alpha,
+        lora_dropout=arguments.lora_dropout,
+        target_modules=arguments.lora_target_modules,
+    )
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise UserError(f"--lora_target_modules: {str(error).splitlines()[0]}") from error
 
 
 def _load(kind: Any, name: str | None, arguments: ModelArguments, **options: Any) -> Any:

@@ -106,7 +106,8 @@ class DPOObjective:
         )
         margins = terms.chosen_rewards - terms.rejected_rewards
         metrics = {
-            "reward_accuracy": (margins > 0).float(),
+            # A tie is half right: 0.5 where the policy is still its own reference.
+            "reward_accuracy": 0.5 * (margins.sign() + 1.0),
             "reward_margin": margins,
             "chosen_logps": chosen.detach(),
             "rejected_logps": rejected.detach(),

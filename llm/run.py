@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -117,29 +117,10 @@ def summarise(
 
 def table(summary: dict[str, Any]) -> str:
     """The final table, readable in a terminal."""
-    before, after = summary["held_out"]["before"], summary["held_out"]["after"]
     lines = ["", f"{summary['scheduler']}", ""]
     lines.append(f"{'held-out':<26}{'before':>10}{'after':>10}{'optimum':>10}{'gap':>10}")
-    for label, unit in (("sft", "nats/token"), ("dpo", "nats/pair")):
-        if f"{label}_loss" not in after:
-            continue
-        cells = [before[f"{label}_loss"], after[f"{label}_loss"]]
-        if summary["optimum"] is not None:
-            best = summary["optimum"][label]
-            cells += [best, cells[1] - best]
-        lines.append(f"{f'f_{label.upper()} ({unit})':<26}" + "".join(f"{c:>10.4f}" for c in cells))
-    combined = summary.get("combined")
-    if combined:
-        for key, name in (
-            ("f_mix", f"f_Mix (lam {summary['lam']:g})"),
-            ("ideal_distance", "ideal distance"),
-        ):
-            if key in combined["after"]:
-                cells = [combined[moment][key] for moment in ("before", "after")]
-                lines.append(f"{name:<26}" + "".join(f"{c:>10.4f}" for c in cells))
-    if "dpo_reward_accuracy" in after:
-        cells = [before["dpo_reward_accuracy"], after["dpo_reward_accuracy"]]
-        lines.append(f"{'reward accuracy':<26}" + "".join(f"{c:>10.4f}" for c in cells))
+    for name, cells in _table_rows(summary):
+        lines.append(f"{name:<26}" + "".join(f"{cell:>10.4f}" for cell in cells))
     if summary["optimum"] is None:
         lines.append("no gaps: give --optima estimate, or --optima FILE, to measure them")
     lines += ["", f"{'trained on':<26}{'steps':>10}{'tokens':>10}"]
@@ -151,6 +132,25 @@ def table(summary: dict[str, Any]) -> str:
         f"everything {seconds['total']:.1f} s"
     )
     return "\n".join(lines)
+
+
+def _table_rows(summary: dict[str, Any]) -> Iterator[tuple[str, list[float]]]:
+    """(name, [before, after, optimum, gap]) of what was measured; the last two where known."""
+    moments = ("before", "after")
+    held_out = [summary["held_out"][moment] for moment in moments]
+    for label, unit in (("sft", "nats/token"), ("dpo", "nats/pair")):
+        if f"{label}_loss" in held_out[0]:
+            cells = [values[f"{label}_loss"] for values in held_out]
+            if summary["optimum"] is not None:
+                best = summary["optimum"][label]
+                cells += [best, cells[1] - best]
+            yield f"f_{label.upper()} ({unit})", cells
+    names = {"f_mix": f"f_Mix (lam {summary['lam']:g})", "ideal_distance": "ideal distance"}
+    combined = summary.get("combined", {"after": {}})
+    for key in combined["after"]:
+        yield names[key], [combined[moment][key] for moment in moments]
+    if "dpo_reward_accuracy" in held_out[0]:
+        yield "reward accuracy", [values["dpo_reward_accuracy"] for values in held_out]
 
 
 def _claim(output_dir: Path, config: RunConfig) -> None:
@@ -170,7 +170,8 @@ def _claim(output_dir: Path, config: RunConfig) -> None:
         done.unlink(missing_ok=True)
         if config.training.resume_from_checkpoint is None:
             (output_dir / METRICS_FILE).unlink(missing_ok=True)
-        write_json(record, mine)
+        if not (record.exists() and config.training.resume_from_checkpoint):
+            write_json(record, mine)
 
 
 def _identity(config: RunConfig) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from llm.config import RunConfig
 from llm.data import Encoded, check_max_length, encode_preference, encode_sft
 from llm.evaluate import evaluate_objective, with_reference_logps
 from llm.formats import load_rows
-from llm.models import load_model, load_tokenizer
+from llm.models import load_model, load_tokenizer, with_adapters
 from llm.objectives import DPOObjective, LanguageObjective, SFTObjective
 from llm.trainer import JointTrainer, steps_per_epoch
 from theory.cli import UserError
@@ -50,16 +50,10 @@ Raw = dict[Task, tuple[Any, Any]]
 
 def prepare(config: RunConfig, say: Callable[[str], None] = print) -> Setup:
     """Load, tokenise, compute the reference's log-probabilities and check the starting point."""
-    tokenizer, new_policy, raw = _embedded(config, say) if config.embedded else _own(config, say)
-    policy = new_policy()
-    train: dict[Task, Encoded] = {}
-    held_out: dict[Task, Encoded] = {}
-    for task, parts in raw.items():
-        length = check_max_length(config.max_length(task), policy.config, tokenizer)
-        for rows, part, into in zip(parts, ("train", "held-out"), (train, held_out), strict=True):
-            name = f"{task.label} {part}"
-            into[task] = _encode(task, rows, tokenizer, length, config.data.truncation_mode, name)
-            say(into[task].report.line(name))
+    tokenizer, raw = read_data(config, say)
+    base = _embedded_policy(config, tokenizer) if config.embedded else _own_policy(config)
+    policy = base()
+    train, held_out = encode_data(config, tokenizer, raw, policy.config, say)
     training = config.training
     objectives: dict[Task, LanguageObjective] = {
         Task.DPO: DPOObjective(training.beta, training.loss_type, training.label_smoothing),
@@ -69,7 +63,7 @@ def prepare(config: RunConfig, say: Callable[[str], None] = print) -> Setup:
         _add_reference(config, policy, tokenizer, (train, held_out), say)
     setup = Setup(
         tokenizer,
-        new_policy,
+        lambda: with_adapters(base(), config.model),
         {task: objectives[task] for task in raw},
         train,
         held_out,
@@ -77,6 +71,38 @@ def prepare(config: RunConfig, say: Callable[[str], None] = print) -> Setup:
     if Task.DPO in raw and config.model.reference == "initial":
         _check_start(config, policy, setup)
     return setup
+
+
+def read_data(config: RunConfig, say: Callable[[str], None]) -> tuple[Any, Raw]:
+    """The tokenizer and the raw rows: the user's own, or the embedded corpus."""
+    if not config.embedded:
+        return load_tokenizer(config.model), _own_rows(config, say)
+    corpus = _corpus(config)
+    parts = {
+        Task.DPO: (corpus.dpo_train, corpus.dpo_eval),
+        Task.SFT: (corpus.sft_train, corpus.sft_eval),
+    }
+    limit = config.data.max_eval_rows
+    raw: Raw = {
+        task: (train[: config.max_train_rows(task)], held_out[:limit])
+        for task, (train, held_out) in parts.items()
+    }
+    return embedded.build_tokenizer(), raw
+
+
+def encode_data(
+    config: RunConfig, tokenizer: Any, raw: Raw, model_config: Any, say: Callable[[str], None]
+) -> tuple[dict[Task, Encoded], dict[Task, Encoded]]:
+    """Tokenised rows to train on and to hold out; says what was kept, cut and dropped."""
+    train: dict[Task, Encoded] = {}
+    held_out: dict[Task, Encoded] = {}
+    for task, parts in raw.items():
+        length = check_max_length(config.max_length(task), model_config, tokenizer)
+        for rows, part, into in zip(parts, ("train", "held-out"), (train, held_out), strict=True):
+            name = f"{task.label} {part}"
+            into[task] = _encode(task, rows, tokenizer, length, config.data.truncation_mode, name)
+            say(into[task].report.line(name))
+    return train, held_out
 
 
 def _encode(
@@ -87,15 +113,15 @@ def _encode(
     )
 
 
-def _own(config: RunConfig, say: Callable[[str], None]) -> tuple[Any, Callable[[], Any], Raw]:
-    """The user's model and data. Both objectives are read if both are named."""
+def _own_rows(config: RunConfig, say: Callable[[str], None]) -> Raw:
+    """The user's data. Both objectives are read if both are named."""
     data = config.data
     raw: Raw = {}
     for task in Task:
         source = getattr(data, f"{task.label}_dataset")
         if source is None:
             continue
-        rows = load_rows(source, limit=data.max_train_rows)
+        rows = load_rows(source, limit=config.max_train_rows(task))
         held_out_source = getattr(data, f"{task.label}_eval_dataset")
         if held_out_source is not None:
             held_out = load_rows(held_out_source, split=None, limit=data.max_eval_rows)
@@ -106,39 +132,23 @@ def _own(config: RunConfig, say: Callable[[str], None]) -> tuple[Any, Callable[[
                 held_out = held_out.select(range(min(data.max_eval_rows, len(held_out))))
             say(f"{task.label}: no evaluation set named, {len(held_out)} rows held out")
         raw[task] = (rows, held_out)
-    tokenizer = load_tokenizer(config.model)
-    return tokenizer, lambda: load_model(config.model), raw
+    return raw
 
 
-def _embedded(config: RunConfig, say: Callable[[str], None]) -> tuple[Any, Callable[[], Any], Raw]:
-    """The generated corpus, and the tiny model trained on its neutral part."""
-    corpus = embedded.generate_corpus(config.data.conflict, seed=config.training.seed)
-    tokenizer = embedded.build_tokenizer()
+def _own_policy(config: RunConfig) -> Callable[[], Any]:
+    return lambda: load_model(config.model)
+
+
+def _corpus(config: RunConfig) -> embedded.Corpus:
+    return embedded.generate_corpus(config.data.conflict, seed=config.training.seed)
+
+
+def _embedded_policy(config: RunConfig, tokenizer: Any) -> Callable[[], Any]:
+    """The tiny model, trained on the neutral part of the corpus."""
     base = embedded.build_model(tokenizer, config.training.seed)
-    _train_base(base, tokenizer, corpus, config)
-    state = {name: tensor.cpu().clone() for name, tensor in base.state_dict().items()}
-    blank = copy.deepcopy(base).cpu()
-
-    def new_policy() -> Any:
-        policy = copy.deepcopy(blank)
-        policy.load_state_dict(state)
-        return policy
-
-    limits = (config.data.max_train_rows, config.data.max_eval_rows)
-    return (
-        tokenizer,
-        new_policy,
-        {
-            Task.DPO: _limited((corpus.dpo_train, corpus.dpo_eval), limits),
-            Task.SFT: _limited((corpus.sft_train, corpus.sft_eval), limits),
-        },
-    )
-
-
-def _limited(
-    parts: tuple[Sequence[Any], Sequence[Any]], limits: tuple[int | None, int | None]
-) -> tuple[Sequence[Any], Sequence[Any]]:
-    return parts[0][: limits[0]], parts[1][: limits[1]]
+    _train_base(base, tokenizer, _corpus(config), config)
+    base = base.cpu()
+    return lambda: copy.deepcopy(base)
 
 
 def _train_base(base: Any, tokenizer: Any, corpus: embedded.Corpus, config: RunConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,3 +25,35 @@ def temporary_datasets_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def short_base_training(monkeypatch: pytest.MonkeyPatch) -> None:
     """The base policy of the embedded default after 4 steps instead of 300."""
     monkeypatch.setattr("llm.embedded.BASE_STEPS", 4)
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Callable[..., list[str]]:
+    """The command line of a run on a saved tiny model and JSONL files of 40 rows each."""
+    from _text import write_jsonl
+    from _tiny import TOKENIZER, make_policy
+
+    from llm import embedded
+
+    model_dir = tmp_path / "model"
+    make_policy().save_pretrained(model_dir)
+    TOKENIZER.save_pretrained(model_dir)
+    corpus = embedded.generate_corpus(train_rows=40, eval_rows=10)
+    sources = {
+        "sft_dataset": write_jsonl(tmp_path / "sft.jsonl", corpus.sft_train),
+        "dpo_dataset": write_jsonl(tmp_path / "dpo.jsonl", corpus.dpo_train),
+        "sft_eval_dataset": write_jsonl(tmp_path / "sft_eval.jsonl", corpus.sft_eval),
+        "dpo_eval_dataset": write_jsonl(tmp_path / "dpo_eval.jsonl", corpus.dpo_eval),
+    }
+
+    def command(*flags: str, evaluation_sets: bool = True) -> list[str]:
+        names = sources if evaluation_sets else [n for n in sources if "eval" not in n]
+        return [
+            *("--model_name_or_path", str(model_dir), "--output_dir", str(tmp_path / "out")),
+            *("--max_steps", "6", "--use_cpu", "true", "--disable_tqdm", "true"),
+            *("--report_to", "none", "--save_strategy", "no", "--learning_rate", "1e-2"),
+            *(token for name in names for token in (f"--{name}", sources[name])),
+            *flags,
+        ]
+
+    return command

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from _text import SHARED, needs_shared
+from _text import SHARED, needs_shared, write_jsonl
 from _tiny import TOKENIZER, make_policy, short_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -251,7 +251,7 @@ def test_a_loss_that_is_no_number_ends_the_run_with_one_line_and_no_model(
         ("--reference no/such-model-anywhere", "cannot load no/such-model-anywhere"),
         ("--algo maxright --optima none", "maxright compares gaps"),
         ("--optima missing.json", "--optima missing.json: No such file"),
-        ("--resume_from_checkpoint true", "no checkpoint in"),
+        ("--resume_from_checkpoint true", "no intact checkpoint in"),
         ("--resume_from_checkpoint nowhere", "nowhere is not a directory"),
     ],
 )
@@ -325,38 +325,6 @@ def test_a_checkpoint_is_not_continued_under_other_settings(
 
 
 # --- a model and data of one's own
-
-
-def write_jsonl(path: Path, rows: Sequence[dict[str, str]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-@pytest.fixture
-def own(tmp_path: Path) -> Callable[..., list[str]]:
-    """The command line of a run on a saved tiny model and JSONL files of 40 rows each."""
-    model_dir = tmp_path / "model"
-    make_policy().save_pretrained(model_dir)
-    TOKENIZER.save_pretrained(model_dir)
-    corpus = embedded.generate_corpus(train_rows=40, eval_rows=10)
-    sources = {
-        "sft_dataset": write_jsonl(tmp_path / "sft.jsonl", corpus.sft_train),
-        "dpo_dataset": write_jsonl(tmp_path / "dpo.jsonl", corpus.dpo_train),
-        "sft_eval_dataset": write_jsonl(tmp_path / "sft_eval.jsonl", corpus.sft_eval),
-        "dpo_eval_dataset": write_jsonl(tmp_path / "dpo_eval.jsonl", corpus.dpo_eval),
-    }
-
-    def command(*flags: str, evaluation_sets: bool = True) -> list[str]:
-        names = sources if evaluation_sets else [n for n in sources if "eval" not in n]
-        return [
-            *("--model_name_or_path", str(model_dir), "--output_dir", str(tmp_path / "out")),
-            *("--max_steps", "6", "--use_cpu", "true", "--disable_tqdm", "true"),
-            *("--report_to", "none", "--save_strategy", "no", "--learning_rate", "1e-2"),
-            *(token for name in names for token in (f"--{name}", sources[name])),
-            *flags,
-        ]
-
-    return command
 
 
 @pytest.mark.parametrize("algo", ["alright", "maxright"])
