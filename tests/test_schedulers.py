@@ -23,6 +23,8 @@ from theory.schedulers import (
     ORDERS,
     REGISTRY,
     Alright,
+    Alternate,
+    Importance,
     Maxright,
     Mix,
     Scheduler,
@@ -64,6 +66,8 @@ BATCHES: dict[str, Scheduler] = {
     "mix": Mix((0.1, 0.5, 0.9)),
     "alright": Alright((0.1, 0.5, 0.9), seed=(4, 5, 6)),
     "maxright": Maxright((0.1, 0.5, 0.9), optimum=(0.1, 0.2), refresh_every=3),
+    "importance": Importance((0.1, 0.5, 0.9), (0.5, 0.5, 0.2), seed=(4, 5, 6)),
+    "alternate": Alternate((0.1, 0.5, 0.9), cycle=(10, 2, 7)),
 }
 
 
@@ -462,6 +466,192 @@ def test_maxright_without_values_between_refreshes_is_an_error() -> None:
     scheduler = Maxright(0.5, (0.0, 0.0), refresh_every=4)
     with pytest.raises(ValueError, match="no loss values"):
         scheduler.select(ScheduleState(step=1), no_probe)
+
+
+# --- Importance: ALRIGHT with a draw of its own
+
+
+@settings(deadline=None)
+@given(LAMS, st.floats(0.01, 0.99), st.integers(0, 100))
+def test_importance_weights_are_those_of_mix_in_expectation_exactly(
+    lam: float, p: float, seed: int
+) -> None:
+    """E w = p (lam / p, 0) + (1 - p) (0, (1 - lam) / (1 - p)) = (lam, 1 - lam), whatever p."""
+    decisions, _ = drive(Importance(lam, p, seed), 40)
+    drawn = decisions[decisions[:, Task.DPO] > 0.0], decisions[decisions[:, Task.SFT] > 0.0]
+    for task, (rows, probability) in enumerate(zip(drawn, (p, 1.0 - p), strict=True)):
+        if len(rows):
+            expected = np.zeros(2)
+            expected[task] = objective_weights(lam)[task]
+            np.testing.assert_allclose(
+                rows * probability, np.tile(expected, (len(rows), 1)), rtol=EXACT
+            )
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_importance_draws_dpo_with_frequency_p_whatever_lam(p: float) -> None:
+    for lam in (0.2, 0.8):
+        decisions, _ = drive(Importance(lam, p, seed=7), 4000)
+        assert_binomial(int((decisions[:, Task.DPO] > 0.0).sum()), 4000, p)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.floats(0.01, 0.99), st.integers(0, 1000))
+def test_importance_at_p_lam_is_alright_decision_by_decision(lam: float, seed: int) -> None:
+    np.testing.assert_array_equal(
+        drive(Importance(lam, lam, seed), 60)[0], drive(Alright(lam, seed), 60)[0]
+    )
+
+
+def test_an_importance_batch_equals_its_single_runs() -> None:
+    lams, ps, seeds = (0.1, 0.5, 0.9), (0.3, 0.5, 0.6), (4, 5, 4)
+    decisions, _ = drive(Importance(lams, ps, seeds), 60)
+    shared, _ = drive(Importance(lams, 0.3, seeds), 60)
+    for run, (lam, p, seed) in enumerate(zip(lams, ps, seeds, strict=True)):
+        np.testing.assert_array_equal(decisions[:, run], drive(Importance(lam, p, seed), 60)[0])
+        np.testing.assert_array_equal(shared[:, run], drive(Importance(lam, 0.3, seed), 60)[0])
+
+
+@pytest.mark.parametrize("p", [0.0, 1.0, -0.1, float("nan"), (0.5, 1.0)])
+def test_a_probability_that_never_draws_one_objective_is_an_error(p: Any) -> None:
+    lam = (0.5,) * len(p) if isinstance(p, tuple) else 0.5
+    with pytest.raises(ValueError, match="strictly between 0 and 1") as error:
+        Importance(lam, p)
+    assert_one_line_error(str(error.value))
+
+
+def test_as_many_probabilities_as_runs_or_one() -> None:
+    with pytest.raises(ValueError, match="dpo_probability needs one entry"):
+        Importance((0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+# --- Alternate: blocks in turn
+
+
+@settings(deadline=None, max_examples=40)
+@given(LAMS, st.integers(1, 30))
+def test_a_cycle_is_a_block_of_dpo_and_then_sft(lam: float, cycle: int) -> None:
+    decisions, _ = drive(Alternate(lam, cycle), 3 * cycle)
+    dpo_steps = round(lam * cycle)
+    expected = ([DPO] * dpo_steps + [SFT] * (cycle - dpo_steps)) * 3
+    assert decisions.tolist() == expected
+    assert abs(dpo_steps - lam * cycle) <= 0.5
+
+
+def test_a_cycle_of_two_at_one_half_is_strict_alternation() -> None:
+    assert drive(Alternate(0.5, 2), 6)[0].tolist() == [DPO, SFT] * 3
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.25, 0.5, 0.9, 1.0])
+def test_a_cycle_as_long_as_the_run_decides_as_sequential(lam: float) -> None:
+    steps = 40
+    expected, _ = drive(Sequential(round(lam * steps)), steps)
+    np.testing.assert_array_equal(drive(Alternate(lam, steps), steps)[0], expected)
+
+
+def test_lam_and_cycle_may_each_be_one_number_or_one_per_run() -> None:
+    lams, cycles = (0.25, 0.5, 0.75), (4, 8, 12)
+    for lam, cycle in ((lams, cycles), (0.5, cycles), (lams, 8)):
+        batch = Alternate(lam, cycle)
+        decisions, _ = drive(batch, 24)
+        assert batch.runs == (3,)
+        for run in range(3):
+            one_lam = lam[run] if isinstance(lam, tuple) else lam
+            one_cycle = cycle[run] if isinstance(cycle, tuple) else cycle
+            alone, _ = drive(Alternate(one_lam, one_cycle), 24)
+            np.testing.assert_array_equal(decisions[:, run], alone)
+
+
+@pytest.mark.parametrize("cycle", [0, -2, (4, 0)])
+def test_a_cycle_below_one_is_an_error(cycle: Any) -> None:
+    with pytest.raises(ValueError, match=r"cycle is .*at least 1") as error:
+        Alternate(0.5, cycle)
+    assert_one_line_error(str(error.value))
+
+
+def test_lam_and_cycle_of_different_lengths_are_an_error() -> None:
+    with pytest.raises(ValueError, match="lam and cycle need the same number"):
+        Alternate((0.5, 0.5), (2, 2, 2))
+
+
+# --- MAXRIGHT's average of its values
+
+
+def noisy_values(ema: float, period: int, steps: int, seed: int = 0) -> tuple[Array, Array]:
+    """Values remembered after each select, and the probes, of iid losses; (steps, 2) each."""
+    rng = np.random.default_rng(seed)
+    scheduler = Maxright(0.5, (0.0, 0.0), refresh_every=period, value_ema=ema)
+    state, remembered, probes = scheduler.init(), [], []
+
+    def probe() -> Array:
+        probes.append(rng.normal([1.0, 2.0]))
+        return probes[-1]
+
+    for _ in range(steps):
+        _, state = scheduler.select(state, probe)
+        assert state.values is not None
+        remembered.append(state.values)
+        state = scheduler.observe(state)
+    return np.array(remembered), np.array(probes)
+
+
+def test_an_average_of_weight_one_is_the_latest_value() -> None:
+    """Up to the rounding of old + (new - old)."""
+    remembered, probes = noisy_values(1.0, 1, 50)
+    np.testing.assert_allclose(remembered, probes, rtol=0, atol=EXACT)
+
+
+@pytest.mark.parametrize("ema", [0.1, 0.5])
+def test_the_average_weighs_values_geometrically(ema: float) -> None:
+    """v_t = (1 - a)^t v_0 + a sum_s (1 - a)^(t - s) new_s; the first value counts in full."""
+    remembered, probes = noisy_values(ema, 1, 30)
+    expected = probes[0]
+    for value, probe in zip(remembered[1:], probes[1:], strict=True):
+        expected = (1.0 - ema) * expected + ema * probe
+        np.testing.assert_allclose(value, expected, rtol=EXACT)
+
+
+def test_the_average_tends_to_the_mean_of_its_values() -> None:
+    """Stationary variance a / (2 - a) of iid unit noise, correlated over about 2 / a steps."""
+    ema, steps, burn_in = 0.05, 20_000, 200
+    remembered, _ = noisy_values(ema, 1, steps)
+    settled = remembered[burn_in:]
+    # The mean of the average is the mean of the noise up to its ends: error 1 / sqrt(steps).
+    np.testing.assert_allclose(
+        settled.mean(axis=0), [1.0, 2.0], rtol=0, atol=4.5 / np.sqrt(steps - burn_in)
+    )
+    # Variance of a variance over steps a (2 - a) / 2 independent blocks: 7% at 2 deviations.
+    np.testing.assert_allclose(settled.var(axis=0), ema / (2.0 - ema), rtol=0.2)
+
+
+def test_between_refreshes_the_stepped_value_is_averaged_too() -> None:
+    scheduler = Maxright(0.5, (0.0, 0.0), refresh_every=10, value_ema=0.25)
+    _, state = scheduler.select(scheduler.init(), lambda: np.array([4.0, 2.0]))
+    state = scheduler.observe(state, np.array([0.0, np.nan]))
+    assert state.values is not None
+    assert state.values.tolist() == [3.0, 2.0]
+    state = scheduler.observe(state, np.array([np.nan, 6.0]))
+    assert state.values is not None
+    assert state.values.tolist() == [3.0, 3.0]
+
+
+def test_values_are_forgotten_only_by_memoryless_schedules() -> None:
+    """Black box: does an old value in the state change a decision?"""
+    for period, ema in ((1, 1.0), (1, 0.5), (3, 1.0)):
+        scheduler = Maxright(0.5, (0.0, 0.0), refresh_every=period, value_ema=ema)
+        decisions = set()
+        for old in ([0.0, 9.0], [9.0, 0.0]):
+            before = ScheduleState(1, np.array(old))
+            weights, _ = scheduler.select(before, lambda: np.array([1.0, 2.0]))
+            decisions.add(tuple(weights.tolist()))
+        assert scheduler.forgets_values == (len(decisions) == 1)
+
+
+@pytest.mark.parametrize("ema", [0.0, -0.5, 1.5, float("nan")])
+def test_an_average_weight_outside_0_to_1_is_an_error(ema: float) -> None:
+    with pytest.raises(ValueError, match=r"value_ema is .*\(0, 1\]") as error:
+        Maxright(0.5, (0.0, 0.0), value_ema=ema)
+    assert_one_line_error(str(error.value))
 
 
 # --- registry and validation

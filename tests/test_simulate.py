@@ -3,30 +3,36 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pytest
-from _asserts import EXACT, mean_and_error, projected_gradient_descent
+from _asserts import EXACT, mean_and_error, projected_gradient_descent, sample_gradients
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from theory.kernels import KERNELS
 from theory.objectives import Quadratic
 from theory.optima import problem_optima
+from theory.optimizers import Memory
 from theory.problems import PROBLEMS, Problem, make_problem, quadratic
-from theory.randomness import BLOCK
+from theory.randomness import BLOCK, Stream
 from theory.schedulers import (
     Alright,
+    Alternate,
+    Importance,
     Maxright,
     Mix,
+    Probe,
     Scheduler,
+    ScheduleState,
     Sequential,
     Single,
     objective_weights,
 )
-from theory.simulate import ITERATES, StepSize, Trace, log_spaced_steps, simulate
+from theory.simulate import AHEAD, ITERATES, StepSize, Trace, log_spaced_steps, simulate
 from theory.tasks import Task
 
 Array = NDArray[np.float64]
@@ -178,6 +184,8 @@ def value_free(index: int | None) -> list[Scheduler]:
         Alright(pick(LAMS), pick(SEEDS)),
         Sequential(pick((10, 0, 25)), "dpo_then_sft"),
         Sequential(pick((10, 0, 25)), "sft_then_dpo"),
+        Importance(pick(LAMS), pick((0.5, 0.3, 0.6)), pick(SEEDS)),
+        Alternate(pick(LAMS), pick((10, 2, 7))),
     ]
 
 
@@ -515,6 +523,125 @@ def test_sgd_s_mean_is_gradient_descent() -> None:
         theta = trace.theta[iterate][0]
         error = theta.std(axis=0, ddof=1) / math.sqrt(2000)
         assert np.all(np.abs(theta.mean(axis=0) - expected[iterate]) <= 4.5 * error)
+
+
+# --- many steps in one go, or one at a time: the same bits
+
+
+@dataclass(frozen=True)
+class DoNothing:
+    """A rule that changes nothing, under which the loop takes its steps one at a time."""
+
+    def init(self, runs: int, dim: int) -> Memory:
+        return {}
+
+    def apply(self, gradient: Array, memory: Memory, local_step: NDArray[np.int64]) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Glance(Scheduler):
+    """Alternates; at every 7th step it looks at the losses and steps on the larger."""
+
+    def select(self, state: ScheduleState, probe: Probe) -> tuple[Array, ScheduleState]:
+        if state.step % 7:
+            return np.eye(2)[state.step % 2], state
+        losses = probe()
+        return np.eye(2)[losses.argmax(axis=-1)], state
+
+
+@EVERY_PROBLEM
+def test_steps_decided_ahead_are_the_steps_taken_one_at_a_time(name: str) -> None:
+    problem = make_problem(name)
+    record = [1, AHEAD - 1, AHEAD, AHEAD + 1, 2 * AHEAD + 30]
+    schedulers = [*value_free(None), Sequential((AHEAD - 1, AHEAD, AHEAD + 1)), Glance()]
+    for scheduler in schedulers:
+        options = {"record_steps": record, "record_weights": True}
+        ahead = run(problem, scheduler, 2 * AHEAD + 40, **options)
+        single = run(problem, scheduler, 2 * AHEAD + 40, rule=DoNothing(), **options)
+        assert_same_runs(ahead, single)
+        assert ahead.weights is not None
+        assert single.weights is not None
+        assert len(ahead.weights) == 2 * AHEAD + 40
+        np.testing.assert_array_equal(ahead.weights, single.weights)
+        np.testing.assert_array_equal(ahead.probes, single.probes)
+
+
+def test_steps_decided_ahead_respect_the_blocks_of_the_random_numbers() -> None:
+    problem = make_problem("bernoulli")
+    scheduler = Alright(LAMS, SEEDS)
+    steps = BLOCK + AHEAD + 3
+    ahead = run(problem, scheduler, steps, record_steps=[700, steps])
+    assert_same_runs(
+        ahead, run(problem, scheduler, steps, record_steps=[700, steps], rule=DoNothing())
+    )
+
+
+@EVERY_PROBLEM
+def test_an_objective_s_kernel_is_known_by_its_data(name: str) -> None:
+    for objective in make_problem(name).objectives:
+        kernel, data = objective.compiled
+        assert KERNELS[tuple(np.ndim(part) for part in data)] is kernel
+
+
+# --- minibatches
+
+
+@EVERY_PROBLEM
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_a_minibatch_gradient_is_the_mean_over_its_samples(name: str, batch_size: int) -> None:
+    """Each of the first three steps, from theta_t and the samples t b, .., t b + b - 1."""
+    problem, lam, alpha = make_problem(name), 0.3, 0.01
+    trace = run(
+        problem,
+        Mix(lam),
+        3,
+        seeds=(5,),
+        step_size=StepSize(alpha, decay=False),
+        record_steps=[1, 2, 3],
+        batch_size=batch_size,
+    )
+    theta = problem.start
+    for step, after in enumerate(trace.theta["last"][:, 0]):
+        rows = slice(step * batch_size, (step + 1) * batch_size)
+        gradient = np.zeros(problem.dim)
+        streams = (Stream.DPO_SAMPLE, Stream.SFT_SAMPLE)
+        for w, f, stream in zip((lam, 1 - lam), problem.objectives, streams, strict=True):
+            samples, _ = sample_gradients(f, theta, f.draws((5,), stream, 0)[0, rows])
+            gradient += w * samples.mean(axis=0)
+        np.testing.assert_allclose(after, theta - alpha * gradient, rtol=0, atol=EXACT)
+        theta = after
+
+
+def test_without_noise_the_batch_size_changes_nothing() -> None:
+    problem = noise_free()
+    single = run(problem, Alright(LAMS, SEEDS), 50)
+    for batch_size in (2, 5):
+        batch = run(problem, Alright(LAMS, SEEDS), 50, batch_size=batch_size)
+        for iterate in ITERATES:
+            np.testing.assert_allclose(
+                batch.theta[iterate], single.theta[iterate], rtol=0, atol=EXACT
+            )
+        np.testing.assert_array_equal(batch.gradients, single.gradients)
+
+
+def test_a_minibatch_of_b_has_one_bth_of_the_noise() -> None:
+    """Squared length of the first step's noise; relative error sqrt(2 / (3 * 800)) = 2.9% each."""
+    problem = centred_quadratic(dim=3, noise=0.5)
+    squares = {
+        size: np.sum(
+            run(problem, Single(Task.DPO), 1, seeds=range(800), batch_size=size).theta["last"][-1]
+            ** 2,
+        )
+        for size in (1, 8)
+    }
+    assert squares[1] / squares[8] == pytest.approx(8.0, rel=4.5 * math.sqrt(2) * 0.029)
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_an_empty_minibatch_is_an_error(batch_size: int) -> None:
+    with pytest.raises(ValueError, match="batch_size is"):
+        run(noise_free(), Mix(0.5), 3, batch_size=batch_size)
 
 
 # --- the convergence theorems, as upper bounds

@@ -1,4 +1,4 @@
-"""The compiled inner loops: one stochastic gradient per run, one projected step per run.
+"""The compiled inner loops: stochastic gradients, projected steps, many steps in one call.
 
 Each kernel loops over runs r and touches run r's numbers only: results do not depend on which runs
 share a batch. Sums may be reassociated for vector units (the only liberties of `fastmath` taken are
@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
+from numba import njit, types
+from numba.extending import overload
 
 
 @njit(cache=True, nogil=True, fastmath={"reassoc", "contract"})
@@ -98,14 +99,49 @@ def softmax(theta, weights, column, draws, seed_index, offset, features, cumulat
                 out[r, j] += scale * features[x, k, j]
 
 
+KERNELS = {(2, 1, 0): quadratic, (2, 1, 1): logistic, (3, 2): softmax}
+"""The kernel of an objective by the dimensions of its data. Compiled code picks it by type, which
+numba can cache on disk; a kernel passed as an argument would be compiled anew in every process."""
+
+
+def add_gradients(theta, weights, column, draws, seed_index, offset, data, out, losses):
+    """The kernel that belongs to `data`; only to be called from compiled code."""
+    raise NotImplementedError
+
+
+@overload(add_gradients)
+def _add_gradients(theta, weights, column, draws, seed_index, offset, data, out, losses):
+    kernel = KERNELS[tuple(t.ndim if isinstance(t, types.Array) else 0 for t in data)]
+
+    def call(theta, weights, column, draws, seed_index, offset, data, out, losses):
+        kernel(theta, weights, column, draws, seed_index, offset, *data, out, losses)
+
+    return call
+
+
+@njit(cache=True, nogil=True)
+def sample(data, theta, weights, draws, seed_index, offset, out, losses):
+    """Gradients and losses of both objectives; `data` and `draws` hold one entry for each."""
+    add_gradients(theta, weights, 0, draws[0], seed_index, offset, data[0], out, losses)
+    add_gradients(theta, weights, 1, draws[1], seed_index, offset, data[1], out, losses)
+
+
 @njit(cache=True, nogil=True, fastmath={"reassoc", "contract"})
-def projected_step(theta, gradient, weights, alpha, radius, uniform_sum, weighted_sum, counts):
+def projected_step(theta, gradient, weights, local_step, alpha, radius, sums, alpha_sum, counts):
     """Add theta_t to the averages, then theta <- P(theta - alpha gradient); clear the gradient.
 
-    P projects onto the ball of radius `radius`. `counts` (runs, 2) counts gradients per objective.
+    P projects onto the ball of radius `radius`. `sums` holds sum theta_t and sum alpha_t theta_t;
+    they start anew where `local_step` (runs,), the step within the stage, is 0. `counts` (runs, 2)
+    counts gradients per objective.
     """
     runs, dim = theta.shape
+    uniform_sum, weighted_sum = sums
     for r in range(runs):
+        if local_step[r] == 0:
+            alpha_sum[r] = 0.0
+            uniform_sum[r] = 0.0
+            weighted_sum[r] = 0.0
+        alpha_sum[r] += alpha[r]
         norm = 0.0
         for j in range(dim):
             uniform_sum[r, j] += theta[r, j]
@@ -120,3 +156,31 @@ def projected_step(theta, gradient, weights, alpha, radius, uniform_sum, weighte
         for i in range(2):
             if weights[r, i] != 0.0:
                 counts[r, i] += 1
+
+
+@njit(cache=True, nogil=True)
+def descend(
+    data, theta, weights, draws, seed_index, offset, gradient, losses,
+    local_step, alpha, radius, sums, alpha_sum, counts,
+):  # fmt: skip
+    """One step of projected SGD per entry of `weights`, `local_step` and `alpha` (steps, ...)."""
+    for s in range(len(weights)):
+        sample(data, theta, weights[s], draws, seed_index, offset + s, gradient, losses)
+        projected_step(
+            theta, gradient, weights[s], local_step[s], alpha[s], radius, sums, alpha_sum, counts
+        )
+
+
+@njit(cache=True, nogil=True, fastmath={"reassoc", "contract"})
+def tangent_bounds(theta, anchors, values, slopes, smoothness, low, high):
+    """low = f(a) + <grad f(a), theta - a>, high = low + L |theta - a|^2 / 2, both (runs, 2)."""
+    runs, dim = theta.shape
+    for r in range(runs):
+        for i in range(2):
+            rise, squared = 0.0, 0.0
+            for j in range(dim):
+                shift = theta[r, j] - anchors[r, i, j]
+                rise += slopes[r, i, j] * shift
+                squared += shift * shift
+            low[r, i] = values[r, i] + rise
+            high[r, i] = low[r, i] + 0.5 * smoothness[i] * squared

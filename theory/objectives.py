@@ -187,14 +187,22 @@ class LogisticDPO(StochasticObjective):
         return theta @ self._rows.T - self._shift
 
     def value(self, theta: Array) -> Array:
-        # p softplus(-s) + (1 - p) softplus(s) = softplus(s) - p s, stable for every s.
         margins = self._margins(theta)
-        softplus = np.maximum(margins, 0.0) + np.log1p(np.exp(-np.abs(margins)))
+        return self._mean_loss(margins, np.exp(-np.abs(margins)))
+
+    def _mean_loss(self, margins: Array, tails: Array) -> Array:
+        # p softplus(-s) + (1 - p) softplus(s) = softplus(s) - p s, stable for every s.
+        softplus = np.maximum(margins, 0.0) + np.log1p(tails)
         return np.mean(softplus - self.preference * margins, axis=-1)
 
     def gradient(self, theta: Array) -> Array:
-        residual = expit(self._margins(theta)) - self.preference
-        return residual @ self._rows / len(self._rows)
+        return self.value_and_gradient(theta)[1]
+
+    def value_and_gradient(self, theta: Array) -> tuple[Array, Array]:
+        margins = self._margins(theta)
+        tails = np.exp(-np.abs(margins))  # one exponential serves softplus and sigmoid
+        residual = np.where(margins >= 0.0, 1.0, tails) / (1.0 + tails) - self.preference
+        return self._mean_loss(margins, tails), residual @ self._rows / len(self._rows)
 
     def hessian(self, theta: Array) -> Array:
         slope = _logistic_slope(self._margins(theta))
@@ -284,8 +292,10 @@ class SoftmaxSFT(StochasticObjective):
         return _mean_covariance(self.features, policy)
 
     def constants(self, radius: float) -> Constants:
-        """M = max_x diam_x <= 2 Phi and L = mean_x diam_x^2 / 4 <= Phi^2 (Popoviciu).
+        """M = max_x diam_x <= 2 Phi; L <= Phi^2 is the lesser of two bounds on Cov_pi[phi].
 
+        Popoviciu: its eigenvalues are at most diam_x^2 / 4. Boehning (1992, "Multinomial logistic
+        regression algorithm"): diag(pi) - pi pi' <= (I - 11'/|Y|) / 2 for every pi.
         diam_x is the largest |phi(x, y) - phi(x, y')|. pi >= exp(-R diam_x)/|Y| on the ball, and a
         variance under pi is at least |Y| min(pi) times the uniform one, hence
         mu = eig_min(mean_x exp(-R diam_x) Cov_uniform[phi(x, .)]).
@@ -296,7 +306,9 @@ class SoftmaxSFT(StochasticObjective):
         lowest = np.linalg.eigvalsh(
             _mean_covariance(self.features, uniform, np.exp(-radius * diameters))
         )[0]
-        smoothness = np.mean(diameters**2) / 4
+        centred = self.features - self.features.mean(axis=1, keepdims=True)
+        bohning = np.einsum("xyd,xye->de", centred, centred) / (2 * len(self.features))
+        smoothness = min(np.mean(diameters**2) / 4, np.linalg.eigvalsh(bohning)[-1])
         return Constants(float(diameters.max()), float(smoothness), max(float(lowest), 0.0))
 
     def entropy(self) -> float:

@@ -282,7 +282,9 @@ class Maxright(Scheduler):
         return ScheduleState(state.step + 1, values)
 
     def _blend(self, old: Array | None, new: Array) -> Array:
-        return new if old is None else old + self.value_ema * (new - old)
+        if old is None or self.value_ema == 1.0:
+            return new
+        return old + self.value_ema * (new - old)
 
 
 REGISTRY: dict[str, Callable[..., Scheduler]] = {

@@ -15,17 +15,19 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from theory.kernels import projected_step
+from theory.kernels import descend, projected_step, sample
 from theory.optimizers import Memory, Rule
 from theory.problems import Problem
 from theory.randomness import BLOCK, Stream
-from theory.schedulers import Scheduler
+from theory.schedulers import Scheduler, ScheduleState
 from theory.tasks import Task
 from theory.values import SAMPLE_STREAMS, SOURCES, ValueSource
 
 Array = NDArray[np.float64]
 
 ITERATES = ("last", "uniform", "weighted")
+AHEAD = 128
+"""Steps that a schedule may decide in advance, where it needs no losses, to be taken in one go."""
 
 
 @dataclass(frozen=True)
@@ -102,11 +104,12 @@ def simulate(
     loop = Loop(problem, scheduler, step_size, tuple(int(s) for s in seeds), batch_size, rule)
     source = SOURCES[values]()
     snapshots, decisions, wanted = [], [], set(record.tolist())
-    for step in range(num_steps):
-        weights = loop.advance(source)
-        if record_weights:
-            decisions.append(weights)
-        if step + 1 in wanted:
+    for stop in sorted({*wanted, num_steps}):
+        while loop.state.step < stop:
+            weights = loop.advance(stop, source)
+            if record_weights:
+                decisions.append(weights)
+        if stop in wanted:
             snapshots.append(loop.snapshot())
     theta = {name: np.stack([s[0][name] for s in snapshots]) for name in ITERATES}
     return Trace(
@@ -114,12 +117,20 @@ def simulate(
         theta=theta,
         gradients=np.stack([s[1] for s in snapshots]),
         probes=np.stack([s[2] for s in snapshots]),
-        weights=np.stack(decisions) if record_weights else None,
+        weights=np.concatenate(decisions) if record_weights else None,
     )
 
 
+class _NeedsLosses(Exception):
+    """A scheduler asked for losses while it was deciding ahead."""
+
+
+def _no_losses() -> Array:
+    raise _NeedsLosses
+
+
 class Loop:
-    """The state of the running batch. `advance` is one iteration of the algorithm."""
+    """The state of the running batch. `advance` iterates the algorithm."""
 
     def __init__(
         self,
@@ -137,87 +148,101 @@ class Loop:
         self.state = scheduler.init()
         distinct, self.seed_index = np.unique(seeds, return_inverse=True)
         self.seeds = tuple(int(s) for s in distinct)
+        self.data = tuple(objective.compiled[1] for objective in problem.objectives)
+        self.draws: dict[tuple[Stream, ...], tuple[int, tuple[Array, ...]]] = {}
         self.theta = np.tile(problem.start, (runs, 1))
         self.gradient = np.zeros((runs, dim))
         self.losses = np.full((runs, 2), np.nan)
-        self.uniform_sum = np.zeros((runs, dim))
-        self.weighted_sum = np.zeros((runs, dim))
+        self.sums = (np.zeros((runs, dim)), np.zeros((runs, dim)))
         self.alpha_sum = np.zeros(runs)
-        self.iterates = np.zeros(runs)
         self.gradients = np.zeros((runs, 2), dtype=np.int64)
         self.probes = np.zeros((runs, 2), dtype=np.int64)
 
-    def advance(self, source: ValueSource) -> Array:
+    def advance(self, stop: int, source: ValueSource) -> Array:
+        """Take at least one step, none beyond `stop`; returns the decisions (steps, runs, 2)."""
+        decisions, state = self._decide_ahead(stop)
+        if not decisions:
+            return self._take_step(source)[None]
+        weights = np.stack(decisions)
+        self._take_steps(weights)
+        self.state = state
+        return weights
+
+    def _decide_ahead(self, stop: int) -> tuple[list[Array], ScheduleState]:
+        """Decisions of the next steps as far as they need no loss (may be none); state after."""
+        step, state, decisions = self.state.step, self.state, []
+        if self.rule is None and self.batch_size == 1 and not self.scheduler.reads_losses:
+            for _ in range(min(stop - step, AHEAD, BLOCK - step % BLOCK)):
+                try:
+                    weights, state = self.scheduler.select(state, _no_losses)
+                except _NeedsLosses:
+                    break
+                state = self.scheduler.observe(state)
+                decisions.append(np.broadcast_to(weights, self.losses.shape))
+        return decisions, state
+
+    def _take_steps(self, weights: Array) -> None:
+        """Plain SGD on single samples along decided weights (steps, runs, 2)."""
+        first = self.state.step
+        block, offset = divmod(first, BLOCK)
+        local = np.stack([self._local_step(first + i) for i in range(len(weights))])
+        descend(
+            self.data, self.theta, weights, self._draws(SAMPLE_STREAMS, block), self.seed_index,
+            offset, self.gradient, self.losses, local, self.step_size(local + 1),
+            self.problem.radius, self.sums, self.alpha_sum, self.gradients,
+        )  # fmt: skip
+
+    def _take_step(self, source: ValueSource) -> Array:
         """Decide, step, and let the scheduler observe; returns the weights (runs, 2)."""
         weights, self.state = self.scheduler.select(self.state, lambda: source.probe(self))
-        weights = np.ascontiguousarray(np.broadcast_to(weights, self.losses.shape))
+        weights = np.array(np.broadcast_to(weights, self.losses.shape))
         self.losses = self._sample(SAMPLE_STREAMS, weights, self.gradient)
         observed = source.observed(self, weights) if self.scheduler.reads_losses else None
-        self._descend(weights)
+        local = self._local_step(self.state.step)
+        if self.rule is not None:
+            for memory in self.memory.values():
+                memory[local == 0] = 0.0
+            self.rule.apply(self.gradient, self.memory, local)
+        projected_step(
+            self.theta, self.gradient, weights, local, self.step_size(local + 1),
+            self.problem.radius, self.sums, self.alpha_sum, self.gradients,
+        )  # fmt: skip
         self.state = self.scheduler.observe(self.state, observed)
         return weights
 
+    def _local_step(self, step: int) -> NDArray[np.int64]:
+        """`step` counted from the start of its stage, for every run."""
+        start = np.asarray(self.scheduler.stage_start(step), dtype=np.int64)
+        return np.broadcast_to(step - start, self.alpha_sum.shape).copy()
+
     def sample_losses(self, streams: Mapping[Task, Stream]) -> Array:
         """Mean losses (runs, 2) over a minibatch of this step from `streams`."""
-        ones = np.ones(self.losses.shape)
-        return self._sample(streams, ones, np.zeros_like(self.gradient))
+        return self._sample(streams, np.ones(self.losses.shape), np.zeros_like(self.gradient))
 
     def _sample(self, streams: Mapping[Task, Stream], weights: Array, out: Array) -> Array:
         """Add the weighted minibatch gradients to `out`; returns the losses (runs, 2)."""
-        losses = np.empty(weights.shape)
-        if self.batch_size == 1:
-            self._add_gradients(self.state.step, streams, weights, out, losses)
-            return losses
-        total = np.zeros(weights.shape)
+        losses, total = np.empty(weights.shape), np.zeros(weights.shape)
+        shares = weights / self.batch_size
         for i in range(self.batch_size):
-            position = self.state.step * self.batch_size + i
-            self._add_gradients(position, streams, weights / self.batch_size, out, losses)
+            block, offset = divmod(self.state.step * self.batch_size + i, BLOCK)
+            draws = self._draws(streams, block)
+            sample(self.data, self.theta, shares, draws, self.seed_index, offset, out, losses)
             total += losses
         return total / self.batch_size
 
-    def _add_gradients(
-        self,
-        position: int,
-        streams: Mapping[Task, Stream],
-        weights: Array,
-        out: Array,
-        losses: Array,
-    ) -> None:
-        block, offset = divmod(position, BLOCK)
-        for task, objective in zip(Task, self.problem.objectives, strict=True):
-            draws = objective.draws(self.seeds, streams[task], block)
-            objective.add_stochastic_gradient(
-                self.theta, weights, task, draws, self.seed_index, offset, out, losses
-            )
-
-    def _descend(self, weights: Array) -> None:
-        step = self.state.step
-        local = np.broadcast_to(step - self.scheduler.stage_start(step), self.iterates.shape)
-        restart = local == 0
-        if restart.any():
-            averages = (self.uniform_sum, self.weighted_sum, self.alpha_sum, self.iterates)
-            for total in (*averages, *self.memory.values()):
-                total[restart] = 0.0
-        if self.rule is not None:
-            self.rule.apply(self.gradient, self.memory, local)
-        alpha = self.step_size(local + 1)
-        self.alpha_sum += alpha
-        self.iterates += 1
-        projected_step(
-            self.theta,
-            self.gradient,
-            weights,
-            alpha,
-            self.problem.radius,
-            self.uniform_sum,
-            self.weighted_sum,
-            self.gradients,
-        )
+    def _draws(self, streams: Mapping[Task, Stream], block: int) -> tuple[Array, ...]:
+        """The random numbers of `block`, as own copies: numba is slow to pass read-only arrays."""
+        names = tuple(streams.values())
+        if self.draws.get(names, (None,))[0] != block:
+            objectives = zip(names, self.problem.objectives, strict=True)
+            draws = tuple(f.draws(self.seeds, name, block).copy() for name, f in objectives)
+            self.draws[names] = (block, draws)
+        return self.draws[names][1]
 
     def snapshot(self) -> tuple[dict[str, Array], NDArray[np.int64], NDArray[np.int64]]:
         theta = {
             "last": self.theta.copy(),
-            "uniform": self.uniform_sum / self.iterates[:, None],
-            "weighted": self.weighted_sum / self.alpha_sum[:, None],
+            "uniform": self.sums[0] / (self._local_step(self.state.step - 1) + 1)[:, None],
+            "weighted": self.sums[1] / self.alpha_sum[:, None],
         }
         return theta, self.gradients.copy(), self.probes.copy()

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from theory.kernels import tangent_bounds
 from theory.randomness import Stream
 from theory.tasks import Task
 
@@ -84,58 +85,57 @@ class Lazy:
         f(a) + <g, d>  <=  f(a + d)  <=  f(a) + <g, d> + L |d|^2 / 2.
 
     A run whose scheduler takes the same step at both extreme corners of these intervals would take
-    it at the exact values too (its choice is monotone in the losses). Only the other runs are
-    evaluated in full, and anchored anew. Each anchoring counts as one probe of both objectives; it
-    costs a value and a gradient.
+    it at the exact values too (its choice is monotone in the losses). Where the corners differ, the
+    objective with the larger L is evaluated in full and anchored anew, then, if need be, the
+    other. An anchoring counts as one probe of its objective; it costs a value and a gradient. Only
+    for schedulers that forget values: the values reported are mid-points of intervals, good for the
+    decision at hand and for no other.
     """
 
     def __init__(self) -> None:
-        self.anchor = np.empty((0, 0))
+        self.anchors = np.empty((0, 0, 2))
 
     def probe(self, loop: Loop) -> Array:
-        if not self.anchor.size:
+        if not self.anchors.size:
             self._start(loop)
-        low, high = self._bounds(loop)
-        undecided = self._undecided(loop, low, high)
-        if undecided.any():
-            self._anchor(loop, undecided)
-            low[undecided] = high[undecided] = self.values[undecided]
+        low, high = np.empty_like(self.values), np.empty_like(self.values)
+        tangent_bounds(
+            loop.theta, self.anchors, self.values, self.slopes, self.smoothness, low, high
+        )
+        for task in np.argsort(-self.smoothness).tolist():
+            runs = np.flatnonzero(self._undecided(loop, low, high))
+            if not runs.size:
+                break
+            self._anchor(loop, task, runs)
+            low[runs, task] = high[runs, task] = self.values[runs, task]
         return 0.5 * (low + high)
 
     def observed(self, loop: Loop, weights: Array) -> Array:
-        low, high = self._bounds(loop)
-        return np.where(weights != 0.0, 0.5 * (low + high), np.nan)
+        raise TypeError("lazy values cannot be remembered")
 
     def _start(self, loop: Loop) -> None:
         runs, dim = loop.theta.shape
-        self.anchor = np.zeros((runs, dim))
+        self.anchors = np.zeros((runs, 2, dim))
         self.values = np.zeros((runs, 2))
         self.slopes = np.zeros((runs, 2, dim))
         self.smoothness = np.array(
             [f.constants(loop.problem.radius).smoothness for f in loop.problem.objectives]
         )
-        self._anchor(loop, np.ones(runs, dtype=bool))
-
-    def _bounds(self, loop: Loop) -> tuple[Array, Array]:
-        shift = loop.theta - self.anchor
-        low = self.values + np.einsum("rid,rd->ri", self.slopes, shift)
-        squared = np.einsum("rd,rd->r", shift, shift)
-        return low, low + 0.5 * squared[:, None] * self.smoothness
+        for task in Task:
+            self._anchor(loop, task, np.arange(runs))
 
     def _undecided(self, loop: Loop, low: Array, high: Array) -> NDArray[np.bool_]:
-        corners = (np.stack([low[:, 0], high[:, 1]], -1), np.stack([high[:, 0], low[:, 1]], -1))
-        first, second = (self._decision(loop, corner) for corner in corners)
-        return np.any(first != second, axis=-1)
+        corners = np.stack([low, high])
+        corners[:, :, Task.SFT] = corners[::-1, :, Task.SFT]
+        weights, _ = loop.scheduler.select(loop.state, lambda: corners)
+        return np.any(weights[0] != weights[1], axis=-1)
 
-    def _decision(self, loop: Loop, losses: Array) -> Array:
-        return loop.scheduler.select(loop.state, lambda: losses)[0]
-
-    def _anchor(self, loop: Loop, runs: NDArray[np.bool_]) -> None:
+    def _anchor(self, loop: Loop, task: int, runs: NDArray[np.intp]) -> None:
         theta = loop.theta[runs]
-        self.anchor[runs] = theta
-        for task, objective in enumerate(loop.problem.objectives):
-            self.values[runs, task], self.slopes[runs, task] = objective.value_and_gradient(theta)
-        loop.probes[runs] += 1
+        self.anchors[runs, task] = theta
+        objective = loop.problem.objectives[task]
+        self.values[runs, task], self.slopes[runs, task] = objective.value_and_gradient(theta)
+        loop.probes[runs, task] += 1
 
 
 SOURCES: dict[str, type[ValueSource]] = {
