@@ -6,8 +6,8 @@
         --sft_dataset demonstrations.jsonl --dpo_dataset pairs.parquet
 
 Writes into --output_dir (default runs/ALGO): the model and tokenizer as transformers loads them,
-joint_config.json, metrics.jsonl (every log line), schedule.json (every decision, counters) and
-joint_summary.json (the final table).
+joint_config.json, metrics.jsonl (every log line), schedule.json (every decision, counters),
+joint_summary.json (the final table) and README.md (the model card).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from llm.callbacks import JsonLines
+from llm.card import model_card
 from llm.checkpoints import intact, newest_intact
 from llm.config import PROG, RunConfig, parse, schedule_options
 from llm.optima import Optimum, find_optimum
@@ -30,7 +31,7 @@ from llm.setup import Setup, make_trainer, prepare, total_steps
 from llm.trainer import JointTrainer
 from theory.cli import UserError, run_command
 from theory.metrics import ideal_distance, mix_value
-from theory.records import read_json, write_json
+from theory.records import read_json, write_json, write_text
 from theory.schedulers import make_scheduler
 from theory.tasks import Task
 
@@ -52,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     summary["seconds"]["total"] = time.perf_counter() - started
     if trainer.is_world_process_zero():
         write_json(output_dir / SCHEDULE_FILE, trainer.state_to_json())
+        write_text(output_dir / "README.md", model_card(config, summary))
         write_json(output_dir / SUMMARY_FILE, summary)
     say(table(summary))
     say(f"\nwrote the model, {METRICS_FILE}, {SCHEDULE_FILE} and {SUMMARY_FILE} to {output_dir}/")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import llm.config
 from llm import export, preview
 from llm.run import main
 from theory.cli import UserError
@@ -19,6 +21,8 @@ pytestmark = [
     pytest.mark.usefixtures("temporary_datasets_cache"),
     # transformers 5.23 asks itself, through peft, for an attribute that it has deprecated.
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
+    # The older name is the one that all supported versions know.
+    pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning"),
 ]
 LORA = ("--use_peft", "true", "--lora_r", "4", "--lora_target_modules", "query_key_value")
 TOKENS = torch.tensor([[5, 9, 14, 3, 1]])
@@ -57,6 +61,28 @@ def test_adapters_resume_to_the_same_bits(own: Callable[..., list[str]], tmp_pat
     checkpoint = str(tmp_path / "out" / "checkpoint-3")
     main([*command, "--resume_from_checkpoint", checkpoint])
     assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == straight
+
+
+def test_the_model_card_states_what_was_trained(
+    own: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    main(own("--algo", "alright", "--lam", "0.3"))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Alright(lam=0.3, seed=42)" in card
+    assert f"base_model: {tmp_path / 'model'}" in card
+    assert "| dpo train | " in card
+    summary = json.loads((tmp_path / "out" / "joint_summary.json").read_text())
+    after = summary["held_out"]["after"]["dpo_loss"]
+    assert f"{after:.4f}" in card
+
+
+@pytest.mark.parametrize("name", ["tiny", "pythia-1b", "llama-3-8b"])
+def test_every_recipe_is_a_valid_command_line(name: str) -> None:
+    recipe = Path(llm.config.__file__).parent / "recipes" / f"{name}.yaml"
+    flags = ["--algo", "maxright", "--lam", "0.25", "--use_cpu", "true"]  # bf16 asks for a GPU else
+    config = llm.config.parse(["--config", str(recipe), *flags])
+    assert config.training.lam == 0.25
+    assert config.model.use_peft == (name != "tiny")
 
 
 def test_a_target_that_the_model_lacks_is_one_line(own: Callable[..., list[str]]) -> None:

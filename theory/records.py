@@ -16,7 +16,10 @@ import pandas as pd
 
 def write_json(path: Path, data: Any) -> None:
     """Write `data` as indented JSON; NaN and infinities become null, which JSON can hold."""
-    text = json.dumps(_finite(data), indent=1, allow_nan=False) + "\n"
+    write_text(path, json.dumps(_finite(data), indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
     _replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
