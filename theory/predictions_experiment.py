@@ -1,0 +1,239 @@
+"""The six predictions on convex simulations and on the published numbers.
+
+The command is `python -m theory.predictions`. An end point is the last iterate, as for a language
+model. P1 to P5 read Mix, ALRIGHT and MAXRIGHT with exact values at each lam, and sequential runs
+with half the budget for each objective; P6 reads counted (not timed) costs, for which MAXRIGHT
+probes minibatches every `refresh_every` steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from theory.cli import OneLineParser, check_output_dir, positive_int, unit_float
+from theory.costs import Costs
+from theory.end_points import Optima, end_points
+from theory.optima import TOLERANCE, ProblemOptima
+from theory.paper_numbers import SOURCE, paper_verdicts
+from theory.predictions import PREDICTIONS, CostPerStep, Equalisation, Prediction, verdicts
+from theory.predictions_figure import PAPER, verdict_figure
+from theory.problems import PROBLEMS, make_problem
+from theory.records import save_figure, write_json, write_parquet
+from theory.schedulers import ORDERS
+from theory.sweep import Batch, Variant, discard_parts, run_sweep
+from theory.verdicts import Verdict
+
+PROG = "python -m theory.predictions"
+COUNTED = "counted"
+"""Variant of the MAXRIGHT runs that probe minibatches: for costs only, their values are noisy."""
+
+
+@dataclass(frozen=True)
+class PredictionsConfig:
+    """Everything that determines the results."""
+
+    problems: tuple[str, ...] = tuple(PROBLEMS)
+    lams: tuple[float, ...] = (0.1, 0.25, 0.5, 0.75, 0.9)
+    num_steps: int = 20_000
+    num_seeds: int = 10
+    tolerance: float = 0.01
+    refresh_every: int = 10
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        return tuple(range(self.num_seeds))
+
+    @property
+    def predictions(self) -> tuple[Prediction, ...]:
+        """With `tolerance` for the predictions on losses; P3 and P6 have units of their own."""
+        own = (Equalisation, CostPerStep)
+        return tuple(
+            p if isinstance(p, own) else replace(p, tolerance=self.tolerance) for p in PREDICTIONS
+        )
+
+
+def batches(config: PredictionsConfig) -> list[Batch]:
+    """The runs of all problems, the dear ones first."""
+    return [batch for problem in reversed(config.problems) for batch in _batches(config, problem)]
+
+
+def _batches(config: PredictionsConfig, problem: str) -> Iterator[Batch]:
+    def batch(algorithm: str, variant: Variant, **settings: Any) -> Batch:
+        return Batch(
+            problem,
+            algorithm,
+            config.lams,
+            config.seeds,
+            config.num_steps,
+            variants=(variant,),
+            record_steps=(config.num_steps,),
+            **settings,
+        )
+
+    period = config.refresh_every
+    yield batch("maxright", Variant(), options={"refresh_every": 1})
+    counted = Variant(COUNTED, columns={"refresh_every": float(period)})
+    yield batch("maxright", counted, options={"refresh_every": period}, values="fresh")
+    yield batch("alright", Variant())
+    yield batch("mix", Variant())
+    for order in ORDERS:
+        options = {"first_steps": config.num_steps // 2}
+        variant = Variant("", options, {"order": order, "split": 0.5})
+        yield batch("sequential", variant, options={"order": order})
+
+
+def run_experiment(
+    config: PredictionsConfig, jobs: int = 2, parts: Path | None = None
+) -> pd.DataFrame:
+    """The table of runs: one row per problem, algorithm, variant, lam and seed."""
+    runs = run_sweep(batches(config), jobs=jobs, parts=parts)
+    runs = runs[runs["iterate"] == "last"].drop(columns="iterate").reset_index(drop=True)
+    runs["order"] = runs["order"].astype(object).where(runs["order"].notna(), "")
+    runs["p_dpo"] = runs["dpo_gradients"] / (runs["dpo_gradients"] + runs["sft_gradients"])
+    return runs
+
+
+def counted_costs(runs: pd.DataFrame, costs: Costs) -> pd.DataFrame:
+    """The runs whose evaluations are those of the algorithm, with their counted `cost` per step.
+
+    Runs with exact values are left out: the full losses that they evaluate are the simulator's.
+    """
+    runs = runs[(runs["algorithm"] != "maxright") | (runs["variant"] == COUNTED)]
+    total = runs["dpo_gradients"] * costs.dpo + runs["sft_gradients"] * costs.sft
+    probes = runs["probes"] / 2.0  # one probe evaluates both objectives
+    return runs.assign(cost=(total + probes * costs.probe) / runs["step"])
+
+
+def convex_verdicts(config: PredictionsConfig, runs: pd.DataFrame) -> dict[str, list[Verdict]]:
+    """The six verdicts by problem."""
+    table = {}
+    for name in config.problems:
+        rows = runs[runs["problem"] == name]
+        exact = rows[rows["variant"] != COUNTED]
+        *on_losses, cost = config.predictions
+        assert isinstance(cost, CostPerStep)
+        table[name] = [
+            *verdicts(exact, convex_optima(name), on_losses),
+            cost.test(counted_costs(rows, cost.costs), convex_optima(name)),
+        ]
+    return table
+
+
+def convex_optima(problem: str) -> Optima:
+    """Certified optima; the certificate is the error they carry."""
+    dpo, sft = ProblemOptima(make_problem(problem)).values
+    return Optima(dpo, sft, TOLERANCE, TOLERANCE)
+
+
+def equalisation_points(config: PredictionsConfig, runs: pd.DataFrame) -> dict[str, Any]:
+    """End points of exact MAXRIGHT by problem, for the figure."""
+    exact = runs[(runs["algorithm"] == "maxright") & (runs["variant"] != COUNTED)]
+    return {
+        name: (end_points(exact[exact["problem"] == name]), convex_optima(name))
+        for name in config.problems
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse(argv)
+    config = PredictionsConfig(
+        problems=tuple(dict.fromkeys(arguments.problem)),
+        lams=tuple(sorted(set(arguments.lam))),
+        num_steps=arguments.steps,
+        num_seeds=arguments.seeds,
+        tolerance=arguments.tolerance,
+        refresh_every=arguments.refresh_every,
+    )
+    out = Path(arguments.out)
+    check_output_dir(out)
+    runs = run_experiment(config, arguments.jobs, out / "parts")
+    results = convex_verdicts(config, runs) | {PAPER: paper_verdicts(config.predictions)}
+    write_json(out / "config.json", asdict(config))
+    write_parquet(out / "results.parquet", runs)
+    write_json(out / "summary.json", summary(config, results))
+    figure, numbers = verdict_figure(results, equalisation_points(config, runs))
+    save_figure(figure, out / "predictions")
+    sidecar = {"command": command(config), "config": asdict(config), "seeds": config.seeds}
+    write_json(out / "predictions.json", sidecar | {"published": SOURCE} | numbers)
+    print(report(results))
+    discard_parts(out / "parts")
+    files = "config.json, results.parquet, summary.json and predictions.png/.svg/.json"
+    print(f"\nwrote {files} to {out}/")
+
+
+def command(config: PredictionsConfig) -> str:
+    """The command line that reproduces the results."""
+    return (
+        f"{PROG} --problem {' '.join(config.problems)} --lam {' '.join(map(str, config.lams))} "
+        f"--steps {config.num_steps} --seeds {config.num_seeds} --tolerance {config.tolerance} "
+        f"--refresh_every {config.refresh_every}"
+    )
+
+
+def summary(config: PredictionsConfig, results: dict[str, list[Verdict]]) -> dict[str, Any]:
+    """What summary.json holds: statements, optima and every verdict."""
+    stated = {p.key: {"statement": p.statement, "theorem": p.theorem} for p in config.predictions}
+    return {
+        "config": asdict(config),
+        "predictions": stated,
+        "published": SOURCE,
+        "optima": {name: convex_optima(name)._asdict() for name in config.problems},
+        "verdicts": {source: [asdict(v) for v in row] for source, row in results.items()},
+    }
+
+
+def report(results: dict[str, list[Verdict]]) -> str:
+    """The readable table: one block per prediction, a line per source."""
+    lines = ["Verdicts (95% one-sided limits of the margin of the claim that decides)"]
+    for index, prediction in enumerate(PREDICTIONS):
+        lines += ["", f"{prediction.key}  {prediction.statement}"]
+        lines += [_line(source, row[index]) for source, row in results.items()]
+    return "\n".join([*lines, "", f"{PAPER}: {SOURCE}; no seeds, rounding is the uncertainty"])
+
+
+def _line(source: str, verdict: Verdict) -> str:
+    start = f"  {source:<10} {verdict.outcome:<12}"
+    if not verdict.claim:
+        return f"{start} {verdict.note}"
+    return (
+        f"{start} {verdict.margin:+.4f} [{verdict.low:+.4f}, {verdict.high:+.4f}] against "
+        f"{verdict.threshold:+.3f}  {verdict.claim}"
+    )
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    defaults = PredictionsConfig()
+    parser = OneLineParser(
+        prog=PROG,
+        description="Test the six predictions on convex runs and on the published numbers.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--problem", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS), help="problems")
+    add("--lam", nargs="+", type=unit_float, default=list(defaults.lams), help="weights on DPO")
+    add("--steps", type=positive_int, default=defaults.num_steps, help="steps of each run")
+    add("--seeds", type=positive_int, default=defaults.num_seeds, help="number of seeds")
+    add(
+        "--tolerance",
+        type=unit_float,
+        default=defaults.tolerance,
+        help="violation of a prediction on losses that still counts as none, in nats",
+    )
+    add(
+        "--refresh_every",
+        type=positive_int,
+        default=defaults.refresh_every,
+        help="MAXRIGHT's period in the runs whose costs are counted",
+    )
+    add("--out", default="figures/predictions", help="directory for the results")
+    add("--jobs", type=positive_int, default=2, help="parallel processes")
+    arguments = parser.parse_args(argv)
+    if arguments.steps < 10:
+        parser.error(f"--steps {arguments.steps} is too few: a run needs at least 10")
+    return arguments
