@@ -1,0 +1,179 @@
+"""Figures of the convergence experiment: measured curves with their bounds, and slopes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, cast
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.lines import Line2D
+
+from theory.plotting import COLOURS, GAP_NAMES, LABELS, MARKERS, STYLE, middle
+
+__all__ = ["convergence_figure", "middle", "slopes_figure"]
+
+Numbers = list[dict[str, Any]]
+
+
+class Look(NamedTuple):
+    colour: str
+    marker: str
+    label: str
+
+
+MIX_LINES = {
+    name: Look(COLOURS[name], MARKERS[name], LABELS[name])
+    for name in ("dpo_then_sft", "sft_then_dpo", "mix", "alright")
+}
+MAX_LINES = {
+    # Staleness darkens MAXRIGHT's colour; noisy values have colours of their own.
+    "exact": Look(COLOURS["maxright"], MARKERS["maxright"], "exact"),
+    "stale k=10": Look("#A9568A", "s", "$k=10$"),
+    "stale k=100": Look("#7B2F63", "v", "$k=100$"),
+    "stale k=inf": Look("#40102F", "X", "$k=T$"),
+    "same": Look("#56B4E9", "P", "same batch"),
+    "fresh": Look("#222222", "o", "fresh batch"),
+    "fresh EMA": Look("#8C8C8C", "^", "fresh, averaged"),
+}
+LINES = {"mix_gap": MIX_LINES, "max_gap": MAX_LINES}
+BOUNDED = {"mix_gap": ("alright", "bound of ALRIGHT"), "max_gap": ("exact", "bound of MAXRIGHT")}
+"""The line whose bound is drawn."""
+
+FOREST_MARKS = {"last": "^", "uniform": "s", "weighted": "o"}
+FOREST_COLOURS = {"last": "#D55E00", "uniform": "#56B4E9", "weighted": "#000000"}
+
+
+def convergence_figure(
+    groups: pd.DataFrame,
+    bounds: Mapping[tuple[str, float, str, str], pd.Series],
+    limits: dict[str, Any],
+    lam: float,
+) -> tuple[Figure, Numbers]:
+    """G_Mix (top) and G_Max (bottom) of the weighted average against T, one column per problem.
+
+    Bands are 95% intervals over seeds; dashed lines are bounds, dotted ones sequential limits.
+    """
+    rows = groups[(groups["iterate"] == "weighted") & (groups["lam"] == lam)]
+    problems, numbers = list(limits), []
+    with mpl.rc_context(STYLE):
+        width = max(3.4, 1.0 + 1.75 * len(problems))
+        figure = Figure(figsize=(width, 4.9), layout="constrained")
+        halves = cast("list[SubFigure]", list(figure.subfigures(2, 1, squeeze=False)[:, 0]))
+        for half, metric in zip(halves, LINES, strict=True):
+            axes = half.subplots(1, len(problems), sharex=True, squeeze=False)[0]
+            for axis, problem in zip(axes, problems, strict=True):
+                numbers += _draw_curves(axis, rows[rows["problem"] == problem], metric)
+                bounded = BOUNDED[metric][0]
+                curve = bounds[problem, lam, bounded, "weighted"]
+                axis.plot(curve, color=LINES[metric][bounded].colour, ls="--", lw=1.0)
+                numbers += [
+                    {"problem": problem, "metric": metric, "line": f"bound of {bounded}"}
+                    | {"step": int(step), "bound": value}
+                    for step, value in curve.items()
+                ]
+                if metric == "mix_gap":
+                    axis.set_title(problem)
+                    for order, limit in limits[problem][f"{lam:g}"].items():
+                        axis.axhline(limit["mix_gap"], color=COLOURS[order], lw=0.8, ls=":")
+            axes[0].set_ylabel(GAP_NAMES[metric])
+            half.legend(
+                handles=_legend(metric),
+                loc="outside upper center",
+                ncols=4 if len(problems) > 2 else 2,
+                columnspacing=1.2,
+                handlelength=1.8,
+            )
+        figure.supxlabel(
+            rf"steps $T$;  $\lambda$ = {lam:g}, $\alpha$-weighted averages, "
+            f"{int(rows['seeds'].max())} seeds, 95% intervals",
+            fontsize=8,
+        )
+    return figure, numbers
+
+
+def _legend(metric: str) -> list[Line2D]:
+    handles = [
+        Line2D([], [], color=look.colour, marker=look.marker, label=look.label)
+        for look in LINES[metric].values()
+    ]
+    name, label = BOUNDED[metric]
+    colour = LINES[metric][name].colour
+    return [*handles, Line2D([], [], color=colour, ls="--", lw=1.0, label=label)]
+
+
+def _draw_curves(axis: Axes, table: pd.DataFrame, metric: str) -> Numbers:
+    numbers = []
+    for name, look in LINES[metric].items():
+        rows = table[table["variant"] == name].sort_values("step")
+        steps = rows["step"].to_numpy()
+        mean, low, high = np.array([list(interval) for interval in rows[metric]]).T
+        axis.plot(steps, mean, color=look.colour, marker=look.marker, label=look.label, lw=1.1)
+        # A band that reaches 0 has no place on a logarithmic axis: it ends a decade below.
+        axis.fill_between(
+            steps, np.maximum(low, mean / 10), high, color=look.colour, alpha=0.22, lw=0
+        )
+        numbers += [
+            {"problem": rows["problem"].iloc[0], "metric": metric, "line": name, "step": int(s)}
+            | {"mean": m, "low": lo, "high": hi}
+            for s, m, lo, hi in zip(steps, mean, low, high, strict=True)
+        ]
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.grid(alpha=0.25, lw=0.5)
+    return numbers
+
+
+def slopes_figure(rates: list[dict[str, Any]], lam: float) -> tuple[Figure, Numbers]:
+    """Forest plot: slope and bootstrap interval of every method and iterate, with its bound's.
+
+    A tick in the colour of the iterate marks the slope of its bound, where a theorem gives one.
+    """
+    rates = [rate for rate in rates if rate["lam"] == lam]
+    problems = list(dict.fromkeys(rate["problem"] for rate in rates))
+    names = list(dict.fromkeys(rate["method"] for rate in rates))
+    with mpl.rc_context(STYLE):
+        width = max(3.4, 1.6 + 1.4 * len(problems))
+        figure = Figure(figsize=(width, 0.6 + 0.24 * len(names)), layout="constrained")
+        axes = figure.subplots(1, len(problems), sharey=True, squeeze=False)[0]
+        for axis, problem in zip(axes, problems, strict=True):
+            for rate in rates:
+                if rate["problem"] == problem:
+                    _draw_slope(axis, names.index(rate["method"]), rate)
+            axis.axvline(0.0, color="0.6", lw=0.6)
+            axis.set_title(problem)
+            axis.set_xlabel("slope")
+            axis.grid(axis="x", alpha=0.25, lw=0.5)
+        axes[0].set_yticks(range(len(names)), [_method_label(name) for name in names])
+        axes[0].set_ylim(len(names) - 0.5, -0.5)
+        figure.legend(handles=_forest_legend(), loc="outside upper center", ncols=4)
+    return figure, [{**rate} for rate in rates]
+
+
+def _draw_slope(axis: Axes, row: int, rate: dict[str, Any]) -> None:
+    iterate = rate["iterate"]
+    place = row + 0.24 * (list(FOREST_MARKS).index(iterate) - 1)
+    slope, colour = rate["slope"], FOREST_COLOURS[iterate]
+    if np.isfinite(slope["low"]):
+        axis.plot([slope["low"], slope["high"]], [place, place], color=colour, lw=1.0)
+    axis.plot(slope["mean"], place, color=colour, marker=FOREST_MARKS[iterate], ms=2.8)
+    if rate["bound_slope"] is not None:
+        axis.plot(rate["bound_slope"], place, color=colour, marker="|", ms=5, mew=1.2)
+
+
+def _method_label(name: str) -> str:
+    base = name.removesuffix(" unscaled")
+    if base in MIX_LINES:
+        return MIX_LINES[base].label
+    return f"{'MAXRIGHT' if base == name else 'unscaled'}: {MAX_LINES[base].label}"
+
+
+def _forest_legend() -> list[Line2D]:
+    handles = [
+        Line2D([], [], color=FOREST_COLOURS[iterate], marker=mark, lw=1.0, label=iterate)
+        for iterate, mark in FOREST_MARKS.items()
+    ]
+    return [*handles, Line2D([], [], color="0.3", marker="|", ls="", ms=6, label="bound")]
