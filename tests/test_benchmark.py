@@ -20,7 +20,7 @@ from theory.benchmark import (
     simulated,
     summarise,
 )
-from theory.benchmark_figure import ALGORITHMS, SOURCES
+from theory.plotting.benchmark import ALGORITHMS, SOURCES
 from theory.records import read_json
 
 

@@ -16,7 +16,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy.stats import norm
 
-from theory import bounds
+from theory import bounds, leading_order
 from theory.bounds import Descent, descent
 from theory.metrics import convex_metrics, mean_interval
 from theory.objectives import Quadratic
@@ -246,7 +246,7 @@ def test_a_wrong_optimum_costs_at_most_its_weighted_error(
     assert bias == pytest.approx(abs(error), abs=1e-15)
     assert upper(optima, theta, "max_gap") <= bounds.weighted_average(d) + bias
 
-    limit = bounds.selection_limit(optima, LAM, lambda rho, point: error)
+    limit = leading_order.selection_limit(optima, LAM, lambda rho, point: error)
     sharper = bounds.wrong_optimum_bias(LAM, errors, limit.rho)
     assert limit.gap <= sharper + 1e-7  # the optima are certified to 1e-8
     assert sharper <= bias + 1e-12
@@ -296,7 +296,7 @@ def test_bounds_refuse_what_they_are_not_proved_for() -> None:
         ("must divide", lambda: bounds.cycle_average(constant, 3)),
         ("num_steps is 0", lambda: replace(constant, num_steps=0)),
         ("'adam'", lambda: descent(optima_of("bernoulli"), "adam", 0.5, CONSTANT, 10)),
-        ("unstable", lambda: bounds.stationary_gap(5.0, [np.eye(2)], [1.0], np.eye(2))),
+        ("unstable", lambda: leading_order.stationary_gap(5.0, [np.eye(2)], [1.0], np.eye(2))),
         ("inside the ball", lambda: bounds.sequential_gap(far, Task.SFT, 0.5)),
     ]
     for message, call in refused:
@@ -368,8 +368,8 @@ def quadratic_noise(lam: float) -> tuple[ProblemOptima, list[Array], dict[str, A
     theta, unit = optima.mix(lam).theta, np.eye(optima.problem.dim)
     difference = dpo.gradient(theta) - sft.gradient(theta)
     noise = {
-        "mix": bounds.mix_covariance(lam, (unit, unit)),
-        "alright": bounds.alright_covariance(lam, (unit, unit), difference),
+        "mix": leading_order.mix_covariance(lam, (unit, unit)),
+        "alright": leading_order.alright_covariance(lam, (unit, unit), difference),
     }
     return optima, [dpo.matrix, sft.matrix], noise
 
@@ -395,9 +395,9 @@ def test_the_last_iterate_settles_at_the_stationary_gap(method: str) -> None:
     gaps = convex_metrics(optima, trace.theta["last"], LAM)["mix_gap"].mean(axis=0)
     mixed = LAM * hessians[0] + (1 - LAM) * hessians[1]
     modes, shares = ([mixed], [1.0]) if method == "mix" else (hessians, [LAM, 1 - LAM])
-    exact = bounds.stationary_gap(alpha, modes, shares, noise[method])
+    exact = leading_order.stationary_gap(alpha, modes, shares, noise[method])
     assert_equal_within_interval(gaps, exact)
-    leading = bounds.last_iterate_gap(alpha, noise[method])
+    leading = leading_order.last_iterate_gap(alpha, noise[method])
     assert_equal_within_interval(gaps, leading, next_order=alpha)
 
 
@@ -407,8 +407,8 @@ def test_alpha_trace_v_over_four_is_the_small_step_limit(method: str) -> None:
     mixed = LAM * hessians[0] + (1 - LAM) * hessians[1]
     modes, shares = ([mixed], [1.0]) if method == "mix" else (hessians, [LAM, 1 - LAM])
     excess = [
-        bounds.stationary_gap(alpha, modes, shares, noise[method])
-        / bounds.last_iterate_gap(alpha, noise[method])
+        leading_order.stationary_gap(alpha, modes, shares, noise[method])
+        / leading_order.last_iterate_gap(alpha, noise[method])
         - 1
         for alpha in (0.02, 0.01)
     ]
@@ -417,7 +417,9 @@ def test_alpha_trace_v_over_four_is_the_small_step_limit(method: str) -> None:
     if method == "mix":
         inverse = np.linalg.inv(2 * np.eye(5) - 0.3 * mixed)
         closed = 0.15 * np.trace(inverse @ noise["mix"])
-        assert bounds.stationary_gap(0.3, modes, shares, noise["mix"]) == pytest.approx(closed)
+        assert leading_order.stationary_gap(0.3, modes, shares, noise["mix"]) == pytest.approx(
+            closed
+        )
 
 
 @pytest.mark.parametrize("method", ["mix", "alright"])
@@ -430,7 +432,7 @@ def test_the_uniform_average_has_the_asymptotic_gap(method: str, step_size: Step
     trace = run(optima, scheduler, step_size, num_steps=steps, seeds=seeds, record_steps=[steps])
     gaps = convex_metrics(optima, trace.theta["uniform"][-1], LAM)["mix_gap"]
     mixed = LAM * hessians[0] + (1 - LAM) * hessians[1]
-    expected = bounds.uniform_average_gap(mixed, noise[method], steps)
+    expected = leading_order.uniform_average_gap(mixed, noise[method], steps)
     assert_equal_within_interval(gaps, expected, next_order=0.02)
 
 
@@ -444,7 +446,7 @@ def test_the_average_on_bernoulli_has_the_asymptotic_gap_and_bias(lam: float) ->
     optima, c, steps, seeds = optima_of("bernoulli"), 4.0, 4000, tuple(range(2000))
     m = lam * 0.9 + (1 - lam) * 0.1
     hessian, unit = m * (1 - m), np.eye(1)
-    covariance = bounds.alright_covariance(lam, (0.09 * unit, 0.09 * unit), np.array([0.8]))
+    covariance = leading_order.alright_covariance(lam, (0.09 * unit, 0.09 * unit), np.array([0.8]))
     assert covariance[0, 0] == pytest.approx(hessian)
     scheduler = joint("alright", lam, seeds)
     options = {"num_steps": steps, "seeds": seeds, "record_steps": [steps]}
@@ -453,7 +455,7 @@ def test_the_average_on_bernoulli_has_the_asymptotic_gap_and_bias(lam: float) ->
     shift = mean_interval(theta[:, 0] - optima.mix(lam).theta[0], level=0.999)
     slack = 0.1 * abs(bias)  # next order in the early, large steps
     assert shift.low - slack <= bias <= shift.high + slack
-    expected = bounds.uniform_average_gap(hessian * unit, covariance, steps)
+    expected = leading_order.uniform_average_gap(hessian * unit, covariance, steps)
     expected += hessian * bias**2 / 2
     gaps = convex_metrics(optima, theta, lam)["mix_gap"]
     assert_equal_within_interval(gaps, expected, next_order=0.03)
@@ -468,10 +470,10 @@ def test_the_noise_of_alright_is_the_covariance_of_the_mixture() -> None:
     difference = first.mean(axis=0) - second.mean(axis=0)
     weights = np.repeat([LAM / 7, (1 - LAM) / 7], 7)
     mixture = np.cov(np.concatenate([first, second]).T, ddof=0, aweights=weights)
-    alright = bounds.alright_covariance(LAM, covariances, difference)  # type: ignore[arg-type]
+    alright = leading_order.alright_covariance(LAM, covariances, difference)  # type: ignore[arg-type]
     np.testing.assert_allclose(alright, mixture, rtol=1e-12)
     pairs = LAM * first[:, None] + (1 - LAM) * second[None]
-    mix = bounds.mix_covariance(LAM, covariances)  # type: ignore[arg-type]
+    mix = leading_order.mix_covariance(LAM, covariances)  # type: ignore[arg-type]
     np.testing.assert_allclose(mix, np.cov(pairs.reshape(-1, 3).T, ddof=0), rtol=1e-12)
     assert np.linalg.eigvalsh(alright - mix)[0] >= -1e-12
 
@@ -495,8 +497,8 @@ PAIRS = pytest.mark.parametrize(
 )
 
 
-def fresh_limit(optima: ProblemOptima, lam: float) -> bounds.SelectionLimit:
-    return bounds.selection_limit(
+def fresh_limit(optima: ProblemOptima, lam: float) -> leading_order.SelectionLimit:
+    return leading_order.selection_limit(
         optima,
         lam,
         lambda rho, theta: spread_at(optima.problem, lam, theta) * float(norm.ppf(rho)),
@@ -530,7 +532,7 @@ def test_fresh_gaussian_values_lead_to_the_predicted_bias(
     gaps = long_run_gap(optima, lam, np.array(optima.values), "fresh")
     assert_equal_within_interval(gaps, limit.gap, next_order=0.02)
     sigma = spread_at(optima.problem, lam, limit.theta)
-    formula = bounds.noisy_choice_gap(sigma, limit.rho)
+    formula = leading_order.noisy_choice_gap(sigma, limit.rho)
     assert 0.5 * formula < limit.gap < formula < bounds.fresh_bias(sigma, gaussian=True)
 
 
@@ -549,7 +551,7 @@ def test_the_bias_formula_is_exact_to_leading_order_in_sigma(
         if rho is not None:
             assert multiplier == pytest.approx(rho, abs=1e-6)
         sigma = spread_at(optima.problem, lam, best)
-        formula = bounds.noisy_choice_gap(sigma, multiplier)
+        formula = leading_order.noisy_choice_gap(sigma, multiplier)
         shortfall.append(1 - fresh_limit(optima, lam).gap / formula)
     assert 0 < shortfall[1] < 0.02
     assert shortfall[0] / shortfall[1] == pytest.approx(2.0, rel=0.1)
@@ -557,11 +559,13 @@ def test_the_bias_formula_is_exact_to_leading_order_in_sigma(
 
 def test_the_bias_formula_is_symmetric_and_at_most_the_gaussian_constant() -> None:
     rhos = np.linspace(0.5, 0.999, 2000)
-    values = [bounds.noisy_choice_gap(2.0, rho) for rho in rhos]
+    values = [leading_order.noisy_choice_gap(2.0, rho) for rho in rhos]
     assert values[0] == pytest.approx(0.0, abs=1e-12)
     assert max(values) == pytest.approx(bounds.fresh_bias(2.0, gaussian=True), rel=1e-4)
     assert rhos[int(np.argmax(values))] == pytest.approx(0.774, abs=1e-3)
-    assert bounds.noisy_choice_gap(2.0, 0.3) == pytest.approx(bounds.noisy_choice_gap(2.0, 0.7))
+    assert leading_order.noisy_choice_gap(2.0, 0.3) == pytest.approx(
+        leading_order.noisy_choice_gap(2.0, 0.7)
+    )
 
 
 @PAIRS
@@ -570,7 +574,7 @@ def test_a_wrong_optimum_leads_to_the_minimiser_of_the_shifted_maximum(
 ) -> None:
     optima, errors = ProblemOptima(make(0.1)), (0.2, -0.15)
     error = lam * errors[0] - (1 - lam) * errors[1]
-    limit = bounds.selection_limit(optima, lam, lambda rho, theta: error)
+    limit = leading_order.selection_limit(optima, lam, lambda rho, theta: error)
     gaps = long_run_gap(optima, lam, np.array(optima.values) + errors, "exact")
     assert_equal_within_interval(gaps, limit.gap, next_order=0.02)
 
@@ -580,6 +584,6 @@ def test_a_wrong_optimum_leads_to_the_minimiser_of_the_shifted_maximum(
 def test_the_sharper_bias_of_a_wrong_optimum_is_exact_to_leading_order(
     make: Callable[[float], Problem], lam: float, rho: float | None, error: float
 ) -> None:
-    limit = bounds.selection_limit(ProblemOptima(make(0.1)), lam, lambda _, theta: error)
+    limit = leading_order.selection_limit(ProblemOptima(make(0.1)), lam, lambda _, theta: error)
     bias = bounds.wrong_optimum_bias(lam, (error / lam, 0.0), limit.rho)
     assert limit.gap == pytest.approx(bias, rel=1e-2)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize_scalar
 
-from theory.clipping import Clipping, effective_lam, predicted_lam, steep_problem
+from theory.beyond.clipping import Clipping, effective_lam, predicted_lam, steep_problem
 from theory.optima import ProblemOptima
 from theory.problems import make_problem
 from theory.sweep import run_sweep

@@ -16,7 +16,6 @@ import pandas as pd
 import pytest
 from matplotlib.colors import to_rgb
 
-from theory import plotting_convergence as plotting
 from theory.convergence_experiment import (
     ConvergenceConfig,
     batches,
@@ -29,6 +28,7 @@ from theory.convergence_experiment import (
     parse,
     run_experiment,
 )
+from theory.plotting import convergence as plotting
 from theory.records import read_json
 from theory.simulate import ITERATES, log_spaced_steps
 from theory.sweep import Batch, summarise

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from theory.beyond.equal_compute import METHODS, Case, EqualCompute, predict, ratio_interval
 from theory.costs import Costs
-from theory.equal_compute import METHODS, Case, EqualCompute, predict, ratio_interval
 from theory.importance import gradient_moments
 from theory.optima import ProblemOptima
 from theory.problems import make_problem

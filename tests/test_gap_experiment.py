@@ -21,10 +21,10 @@ import pytest
 from _asserts import EXACT
 from scipy import stats
 
-from theory import plotting
 from theory.gap_experiment import JOINT, GapConfig, batches, command, main, run_experiment
 from theory.metrics import Interval, sequential_limit
 from theory.optima import ProblemOptima
+from theory.plotting import style
 from theory.problems import make_problem
 from theory.records import read_json
 from theory.schedulers import ORDERS, Maxright
@@ -260,10 +260,10 @@ def test_the_printed_table_names_every_problem_lam_algorithm_and_limit(small: Ru
     assert "4 seeds" in lines[0]
     heads = [line for line in lines if "lam=0.25" in line and "lam=0.5" in line]
     assert [head.split()[0] for head in heads] == list(small.config.problems)
-    for label in plotting.LABELS.values():
+    for label in style.LABELS.values():
         assert sum(f"G_Mix {label} " in line for line in lines) == len(heads)
     for algorithm in JOINT:
-        label = f"G_Max {plotting.LABELS[algorithm]} "
+        label = f"G_Max {style.LABELS[algorithm]} "
         assert sum(label in line for line in lines) == len(heads)
     assert "0.5108" in small.printed
     assert "closed form" in small.printed
@@ -293,7 +293,7 @@ def test_the_figures_numbers_are_the_results(small: Run) -> None:
     rows = rows[(rows["algorithm"] != "sequential") | (rows["split"] == 0.5)]
     order = rows["variant"].str.split(",").str[0]
     line = rows["algorithm"].where(rows["algorithm"] != "sequential", order)
-    means = rows.assign(line=line).groupby(["problem", "line", "step"])[list(plotting.GAP_NAMES)]
+    means = rows.assign(line=line).groupby(["problem", "line", "step"])[list(style.GAP_NAMES)]
     expected = means.mean()
     assert len(numbers) == expected.size
     for number in numbers:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 
-from theory import bounds
+from theory import leading_order
 from theory.importance import (
     GradientMoments,
     enumerate_gradients,
@@ -144,13 +144,13 @@ def test_traces_agree_with_the_covariances_of_the_bounds(lam: float) -> None:
     hessian = optima.problem.mix(lam).hessian(theta)
     moments = gradient_moments(optima, lam)
     for trace, covariance in (
-        (moments.mix_trace(lam), bounds.mix_covariance(lam, (dpo, sft))),
+        (moments.mix_trace(lam), leading_order.mix_covariance(lam, (dpo, sft))),
         (
             moments.alright_trace(lam),
-            bounds.alright_covariance(lam, (dpo, sft), slopes[0] - slopes[1]),
+            leading_order.alright_covariance(lam, (dpo, sft), slopes[0] - slopes[1]),
         ),
     ):
-        law = bounds.uniform_average_gap(hessian, covariance, num_steps=1)
+        law = leading_order.uniform_average_gap(hessian, covariance, num_steps=1)
         assert trace / 2.0 == pytest.approx(law, rel=1e-9)
 
 

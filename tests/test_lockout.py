@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from scipy.special import logit
 
-from theory.lockout import Lockout, responses
+from theory.beyond.lockout import Lockout, responses
 from theory.optima import ProblemOptima
 from theory.problems import PROBLEMS, make_problem
 from theory.sweep import run_sweep

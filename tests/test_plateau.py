@@ -5,9 +5,9 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
+from theory.beyond.plateau import OPTIMISERS, Plateau
 from theory.optima import ProblemOptima
 from theory.optimizers import Adam
-from theory.plateau import OPTIMISERS, Plateau
 from theory.problems import make_problem
 from theory.schedulers import ORDERS
 from theory.sweep import run_sweep

@@ -17,9 +17,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from theory import plotting
 from theory.gap_experiment import EVEN_SPLIT, JOINT
 from theory.metrics import Interval
+from theory.plotting import gap as plotting
+from theory.plotting import style
 from theory.schedulers import ORDERS
 
 PROBLEMS = ("first", "second")
@@ -45,15 +46,15 @@ def hand_made_groups(problems: tuple[str, ...] = PROBLEMS) -> pd.DataFrame:
         ]
         for algorithm, variant, split in runs:
             means = [
-                1e-3 * next(counter) * (10.0 if m == "max_gap" else 1.0) for m in plotting.GAP_NAMES
+                1e-3 * next(counter) * (10.0 if m == "max_gap" else 1.0) for m in style.GAP_NAMES
             ]
             if split == SPLITS[STEPS.index(step)]:
                 means = [mean / 100.0 for mean in means]
             row = {"problem": problem, "algorithm": algorithm, "variant": variant, "split": split}
-            row |= {"lam": lam, "step": step, "iterate": iterate}
+            row |= {"lam": lam, "step": step, "iterate": iterate, "seeds": 20}
             gaps = {
                 metric: Interval(mean, mean / 2.0, mean * 2.0)
-                for metric, mean in zip(plotting.GAP_NAMES, means, strict=True)
+                for metric, mean in zip(style.GAP_NAMES, means, strict=True)
             }
             rows.append(row | gaps)
     return pd.DataFrame(rows)
@@ -85,7 +86,7 @@ def expected_intervals(problem: str, metric: str, line: str) -> dict[int, Interv
 
 def panels(figure: Figure) -> dict[tuple[str, str], Axes]:
     """Axes by (metric, problem): rows are metrics, columns problems."""
-    keys = itertools.product(plotting.GAP_NAMES, PROBLEMS)
+    keys = itertools.product(style.GAP_NAMES, PROBLEMS)
     return dict(zip(keys, figure.axes, strict=True))
 
 
@@ -98,22 +99,22 @@ def line_of(axes: Axes, label: str) -> Any:
 
 
 def test_every_algorithm_has_a_colour_a_marker_and_a_label_of_its_own() -> None:
-    for style in (plotting.COLOURS, plotting.MARKERS, plotting.LABELS):
-        assert set(style) == {*ORDERS, *JOINT}
-        assert len(set(style.values())) == len(style)
+    for table in (style.COLOURS, style.MARKERS, style.LABELS):
+        assert set(table) == {*ORDERS, *JOINT}
+        assert len(set(table.values())) == len(table)
 
 
 def test_colours_are_far_apart() -> None:
     """Euclidean distance in RGB; the two oranges of the sequential orders are the closest."""
-    colours = [np.array(to_rgb(colour)) for colour in plotting.COLOURS.values()]
+    colours = [np.array(to_rgb(colour)) for colour in style.COLOURS.values()]
     distances = [np.linalg.norm(a - b) for a, b in itertools.combinations(colours, 2)]
     assert min(distances) > 0.25
 
 
 @given(st.lists(st.floats(0.0, 1.0), min_size=1, max_size=6))
 def test_middle_is_the_lam_closest_to_one_half(lams: list[float]) -> None:
-    assert plotting.middle(lams) in lams
-    assert abs(plotting.middle(lams) - 0.5) == min(abs(lam - 0.5) for lam in lams)
+    assert style.middle(lams) in lams
+    assert abs(style.middle(lams) - 0.5) == min(abs(lam - 0.5) for lam in lams)
 
 
 # --- the gap figure
@@ -121,7 +122,7 @@ def test_middle_is_the_lam_closest_to_one_half(lams: list[float]) -> None:
 
 def test_the_numbers_returned_are_the_tables() -> None:
     _, numbers = draw()
-    assert len(numbers) == len(PROBLEMS) * len(plotting.GAP_NAMES) * len(LINES) * len(STEPS)
+    assert len(numbers) == len(PROBLEMS) * len(style.GAP_NAMES) * len(LINES) * len(STEPS)
     for number in numbers:
         intervals = expected_intervals(number["problem"], number["metric"], number["line"])
         assert (number["mean"], number["low"], number["high"]) == intervals[number["step"]]
@@ -133,7 +134,7 @@ def test_the_lines_drawn_are_the_numbers_returned() -> None:
     figure, numbers = draw()
     for (metric, problem), axes in panels(figure).items():
         for name in LINES:
-            line = line_of(axes, plotting.LABELS[name])
+            line = line_of(axes, style.LABELS[name])
             mine = [
                 n
                 for n in numbers
@@ -141,15 +142,15 @@ def test_the_lines_drawn_are_the_numbers_returned() -> None:
             ]
             assert list(line.get_xdata()) == [n["step"] for n in mine] == list(STEPS)
             assert list(line.get_ydata()) == [n["mean"] for n in mine]
-            assert line.get_color() == plotting.COLOURS[name]
-            assert line.get_marker() == plotting.MARKERS[name]
+            assert line.get_color() == style.COLOURS[name]
+            assert line.get_marker() == style.MARKERS[name]
 
 
 def test_a_band_spans_each_interval() -> None:
     figure, numbers = draw()
     for (metric, problem), axes in panels(figure).items():
         assert len(axes.collections) == len(LINES)
-        for name, band in zip(plotting.COLOURS, axes.collections, strict=True):
+        for name, band in zip(style.COLOURS, axes.collections, strict=True):
             corners = {(int(x), float(y)) for x, y in band.get_paths()[0].vertices}
             mine = [
                 n
@@ -166,7 +167,7 @@ def test_dashed_lines_follow_the_best_split_at_each_step() -> None:
     figure, _ = draw()
     for (metric, problem), axes in panels(figure).items():
         dashed = [line for line in axes.get_lines() if line.get_linestyle() == "--"]
-        assert [line.get_color() for line in dashed] == [plotting.COLOURS[o] for o in ORDERS]
+        assert [line.get_color() for line in dashed] == [style.COLOURS[o] for o in ORDERS]
         for order, line in zip(ORDERS, dashed, strict=True):
             best = []
             for step in STEPS:
@@ -190,7 +191,7 @@ def test_the_limits_are_drawn_over_the_mix_gaps_only() -> None:
             for line in axes.get_lines()
             if line.get_linestyle() == ":"
         }
-        expected = {plotting.COLOURS[order]: limit for order, limit in LIMITS.items()}
+        expected = {style.COLOURS[order]: limit for order, limit in LIMITS.items()}
         assert dotted == (expected if metric == "mix_gap" else {})
 
 
@@ -202,7 +203,8 @@ def test_axes_are_logarithmic_and_labelled() -> None:
     assert [top_left.get_title(), top_right.get_title()] == list(PROBLEMS)
     assert "Mix" in top_left.get_ylabel()
     assert "Max" in bottom_left.get_ylabel()
-    assert [a.get_xlabel() for a in (bottom_left, bottom_right)] == ["steps $T$"] * 2
+    label = figure.get_supxlabel()
+    assert all(part in label for part in ("steps", "= 0.5", "20 seeds", "95%"))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
@@ -210,7 +212,7 @@ def test_the_legend_names_every_line_and_fits_into_the_figure(count: int) -> Non
     figure, _ = draw(tuple(f"problem {i}" for i in range(count)))
     (legend,) = figure.legends
     labels = [text.get_text() for text in legend.get_texts()]
-    assert labels[: len(LINES)] == list(plotting.LABELS.values())
+    assert labels[: len(LINES)] == list(style.LABELS.values())
     assert len(labels) == len(LINES) + 2  # the dashed and the dotted lines
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
@@ -223,7 +225,7 @@ def test_the_legend_names_every_line_and_fits_into_the_figure(count: int) -> Non
 
 def test_a_single_seed_draws_without_a_band() -> None:
     groups = hand_made_groups()
-    for metric in plotting.GAP_NAMES:
+    for metric in style.GAP_NAMES:
         groups[metric] = [Interval(i.mean, -np.inf, np.inf) for i in groups[metric]]
     figure, numbers = plotting.gap_figure(groups, references(), 0.5, EVEN_SPLIT)
     FigureCanvasAgg(figure).draw()  # warnings are errors

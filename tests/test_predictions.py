@@ -14,9 +14,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import logit
 
-from theory import paper_numbers
 from theory.costs import Costs, cost_per_step
-from theory.end_points import (
+from theory.metrics import ideal_distance, mix_value
+from theory.optima import problem_optima
+from theory.predictions import paper_numbers
+from theory.predictions.claims import (
+    PREDICTIONS,
+    Equalisation,
+    OwnMetric,
+    RevealedPreference,
+    verdicts,
+)
+from theory.predictions.end_points import (
     EndPoint,
     Optima,
     end_points,
@@ -25,17 +34,14 @@ from theory.end_points import (
     held_out_excess,
     mix_metric,
 )
-from theory.equalisation import fit_log_line
-from theory.metrics import ideal_distance, mix_value
-from theory.optima import problem_optima
-from theory.paper_numbers import ALRIGHT_EXCESS, GAPS, LAM, ROUNDING, paper_verdicts
-from theory.predictions import PREDICTIONS, Equalisation, OwnMetric, RevealedPreference, verdicts
-from theory.predictions_experiment import (
+from theory.predictions.equalisation import fit_log_line
+from theory.predictions.experiment import (
     PredictionsConfig,
     convex_verdicts,
     main,
     run_experiment,
 )
+from theory.predictions.paper_numbers import ALRIGHT_EXCESS, GAPS, LAM, ROUNDING, paper_verdicts
 from theory.problems import PROBLEMS, make_problem
 
 LAMS = (0.1, 0.3, 0.5, 0.7, 0.9)

@@ -7,13 +7,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from theory.beyond.switches import Switches, drift_gap, t7_bound
 from theory.bounds import cycle_average, descent
 from theory.optima import ProblemOptima
 from theory.problems import make_problem, quadratic
 from theory.schedulers import Alternate, Sequential
 from theory.simulate import StepSize, simulate
 from theory.sweep import run_sweep
-from theory.switches import Switches, drift_gap, t7_bound
 
 PROBLEM = make_problem("toy2d")
 

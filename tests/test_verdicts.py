@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from theory.verdicts import Claim, Claims, Estimate, holm, judge, within
+from theory.predictions.verdicts import Claim, Claims, Estimate, holm, judge, within
 
 MARGINS = st.floats(-1.0, 1.0)
 

@@ -34,10 +34,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from theory.benchmark_figure import ALGORITHMS, SOURCES, cost_figure
 from theory.cli import OneLineParser, check_output_dir, positive_int, run_command
 from theory.objectives import LogisticDPO, SoftmaxSFT
 from theory.optima import problem_optima
+from theory.plotting.benchmark import ALGORITHMS, SOURCES, cost_figure
 from theory.problems import Problem, make_problem
 from theory.randomness import BLOCK, Stream, uniforms
 from theory.records import save_figure, write_json

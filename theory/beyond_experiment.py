@@ -5,11 +5,11 @@
 
 Parts (each experiment's module states its claims):
 
-switches        block alternation joins ALRIGHT and sequential training         theory.switches
-equal_compute   importance-sampled ALRIGHT, ALRIGHT and Mix at equal compute    theory.equal_compute
-mechanisms      clipping per objective changes lam; noisy, stale values         theory.clipping,
-                lock MAXRIGHT out                                               theory.lockout
-optimizers      the plateau of sequential training under other optimisers       theory.plateau
+switches        block alternation joins ALRIGHT and sequential training  beyond.switches
+equal_compute   importance-sampled ALRIGHT, ALRIGHT and Mix at equal compute  beyond.equal_compute
+mechanisms      clipping per objective changes lam; noisy, stale values  beyond.clipping,
+                lock MAXRIGHT out  beyond.lockout
+optimizers      the plateau of sequential training under other optimisers  beyond.plateau
 
 Each experiment writes config.json, results.parquet, summary.json and its figure (.png, .svg, .json)
 into a directory of its own under --out.
@@ -23,16 +23,16 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
+from theory.beyond.base import Experiment
+from theory.beyond.clipping import Clipping
+from theory.beyond.equal_compute import EqualCompute
+from theory.beyond.lockout import Lockout
+from theory.beyond.plateau import Plateau
+from theory.beyond.switches import Switches
 from theory.cli import OneLineParser, check_output_dir, positive_int, run_command, unit_float
-from theory.clipping import Clipping
-from theory.equal_compute import EqualCompute
-from theory.experiment import Experiment
-from theory.lockout import Lockout
-from theory.plateau import Plateau
 from theory.problems import PROBLEMS
 from theory.records import save_figure, write_json, write_parquet
 from theory.sweep import discard_parts, run_sweep
-from theory.switches import Switches
 
 PARTS: dict[str, tuple[type[Experiment], ...]] = {
     "switches": (Switches,),

@@ -28,10 +28,10 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from theory import plotting_convergence as plotting
 from theory.cli import OneLineParser, check_output_dir, positive_int, run_command, unit_float
 from theory.metrics import mean_interval, sequential_limit
 from theory.optima import TOLERANCE, ProblemOptima
+from theory.plotting import convergence as plotting
 from theory.problems import PROBLEMS, make_problem
 from theory.rate_bounds import bound_curve
 from theory.rates import fit_slope, slope_interval

@@ -23,10 +23,11 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from theory import plotting
 from theory.cli import OneLineParser, check_output_dir, positive_int, run_command, unit_float
 from theory.metrics import sequential_limit
 from theory.optima import Optimum, ProblemOptima
+from theory.plotting import gap as plotting
+from theory.plotting import style
 from theory.problems import PROBLEMS, make_problem
 from theory.records import save_figure, write_json, write_parquet
 from theory.schedulers import ORDERS
@@ -146,7 +147,7 @@ def main(argv: list[str] | None = None) -> None:
     write_json(out / "config.json", asdict(config))
     write_parquet(out / "results.parquet", results)
     write_json(out / "summary.json", summary(config, groups, limits))
-    figure, numbers = plotting.gap_figure(groups, limits, plotting.middle(config.lams), EVEN_SPLIT)
+    figure, numbers = plotting.gap_figure(groups, limits, style.middle(config.lams), EVEN_SPLIT)
     save_figure(figure, out / "gap")
     sidecar = {"command": command(config), "config": asdict(config), "panels": numbers}
     write_json(out / "gap.json", sidecar)
@@ -225,7 +226,7 @@ def _report_rows(
     sequential = table[table["algorithm"] == "sequential"]
     for order in ORDERS:
         rows = sequential[sequential["variant"].str.startswith(order)]
-        label = plotting.LABELS[order]
+        label = style.LABELS[order]
         even = rows[rows["split"] == EVEN_SPLIT]
         yield f"G_Mix {label}", _cells(config, even, "mix_gap")
         by_lam = [references[f"{lam:g}"]["sequential_limit"][order] for lam in config.lams]
@@ -234,7 +235,7 @@ def _report_rows(
     for metric, name in (("mix_gap", "G_Mix"), ("max_gap", "G_Max")):
         for algorithm in JOINT:
             rows = table[table["algorithm"] == algorithm]
-            yield f"{name} {plotting.LABELS[algorithm]}", _cells(config, rows, metric)
+            yield f"{name} {style.LABELS[algorithm]}", _cells(config, rows, metric)
 
 
 def _cells(config: GapConfig, rows: pd.DataFrame, metric: str) -> list[str]:

@@ -22,7 +22,6 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from theory import plotting_pareto as plotting
 from theory.cli import OneLineParser, check_output_dir, positive_int, run_command, unit_float
 from theory.optima import ProblemOptima
 from theory.pareto_summary import (
@@ -36,7 +35,8 @@ from theory.pareto_summary import (
     reference,
     summary,
 )
-from theory.plotting import middle
+from theory.plotting import pareto as plotting
+from theory.plotting.style import middle
 from theory.problems import PROBLEMS, make_problem
 from theory.records import save_figure, write_json, write_parquet
 from theory.schedulers import ORDERS

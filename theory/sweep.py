@@ -150,7 +150,7 @@ class Batch:
 def _code_digest() -> str:
     """Identifies this version of the package: parts of another one are not taken for results."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

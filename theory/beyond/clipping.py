@@ -36,13 +36,13 @@ from numpy.typing import NDArray
 from scipy.optimize import root
 from scipy.special import expit
 
-from theory import plotting_beyond as plotting
-from theory.experiment import Experiment, Numbers
+from theory.beyond.base import Experiment, Numbers
 from theory.importance import enumerate_gradients, second_moment
 from theory.metrics import mean_interval
 from theory.objectives import LogisticDPO
 from theory.optima import ProblemOptima
 from theory.optimizers import Adam, Clip, Rule
+from theory.plotting import beyond as plotting
 from theory.problems import Problem, make_problem
 from theory.schedulers import make_scheduler, objective_weights, scheduler_options
 from theory.simulate import StepSize, simulate

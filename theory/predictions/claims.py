@@ -1,16 +1,10 @@
-"""What the theory predicts for a run on any model: P1 to P6, each with its proof and its test.
+"""P1 to P6, each with its statement, its proof and its statistical test.
 
-    python -m theory.predictions
-    python -m theory.predictions --problem softmax --steps 3000 --seeds 3
-
-The command tests the six predictions on convex simulations and on the published numbers of
-arXiv 2410.15483 and writes config.json, results.parquet, summary.json and the figure of the
-verdicts to figures/predictions/.
-
-A prediction reads a table of runs (see `theory.end_points`), here from the simulator and in `llm`
-from language models. P1 to P5 follow from what the end points minimise, without convexity: where
-one fails, its runs have not reached what they were to minimise. Notation: end point theta_lam of a
-run for lam, w = (lam, 1 - lam), delta_i = f_i - f_i*, f_Mix = w . f, f_Max = max_i w_i delta_i.
+A prediction reads a table of runs (see `theory.predictions.end_points`), here from the simulator,
+in `llm` from language models. P1 to P5 follow from what the end points minimise, without convexity:
+where one fails, its runs have not reached what they were to minimise. Notation: end point
+theta_lam of a run for lam, w = (lam, 1 - lam), delta_i = f_i - f_i*, f_Mix = w . f,
+f_Max = max_i w_i delta_i.
 """
 
 from __future__ import annotations
@@ -24,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from theory.costs import Costs, cost_per_step
-from theory.end_points import (
+from theory.predictions.end_points import (
     MIX_MINIMISERS,
     EndPoint,
     Metric,
@@ -39,10 +33,10 @@ from theory.end_points import (
     max_metric,
     mix_metric,
 )
-from theory.equalisation import fit_log_line
+from theory.predictions.equalisation import fit_log_line
+from theory.predictions.verdicts import Claim, Claims, Estimate, Verdict, judge, within
 from theory.schedulers import ORDERS
 from theory.tasks import Task
-from theory.verdicts import Claim, Claims, Estimate, Verdict, judge, within
 
 
 @dataclass(frozen=True)
@@ -318,10 +312,3 @@ def verdicts(
 ) -> list[Verdict]:
     """Each prediction's verdict. Each stands at `level` by itself: they are six hypotheses."""
     return [prediction.test(table, optima, level) for prediction in predictions]
-
-
-if __name__ == "__main__":
-    from theory.cli import run_command
-    from theory.predictions_experiment import main
-
-    run_command(main, "python -m theory.predictions")

@@ -1,6 +1,6 @@
 """Figures of the experiments beyond the paper: summaries in, Figure and the numbers drawn out.
 
-Style, colours and labels are those of `theory.plotting`.
+Style, colours and labels are those of `theory.plotting.style`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from theory.plotting import COLOURS, GAP_NAMES, LABELS, MARKERS, STYLE
+from theory.plotting.style import COLOURS, GAP_NAMES, LABELS, MARKERS, STYLE
 
 STYLED = mpl.rc_context(STYLE)
 """Decorates a figure: its style holds while it is drawn, and nowhere else."""

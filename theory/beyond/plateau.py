@@ -16,11 +16,11 @@ from typing import Any, ClassVar, NamedTuple
 import pandas as pd
 from matplotlib.figure import Figure
 
-from theory import plotting_beyond as plotting
-from theory.experiment import Experiment, Numbers
+from theory.beyond.base import Experiment, Numbers
 from theory.metrics import mean_interval, sequential_limit
 from theory.optima import ProblemOptima
 from theory.optimizers import Adam, Momentum, Rule
+from theory.plotting import beyond as plotting
 from theory.problems import PROBLEMS, make_problem
 from theory.schedulers import ORDERS
 from theory.sweep import Batch, Variant

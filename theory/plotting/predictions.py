@@ -12,12 +12,12 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from scipy.special import logit
 
-from theory.end_points import EndPoint, Optima
 from theory.metrics import mean_interval
-from theory.paper_numbers import MAXRIGHT_SLOPE
-from theory.plotting import STYLE
+from theory.plotting.style import STYLE
+from theory.predictions.end_points import EndPoint, Optima
+from theory.predictions.paper_numbers import MAXRIGHT_SLOPE
+from theory.predictions.verdicts import Verdict
 from theory.tasks import Task
-from theory.verdicts import Verdict
 
 PAPER = "paper"
 """The column of the published numbers."""

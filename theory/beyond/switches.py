@@ -27,11 +27,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from theory import plotting_beyond as plotting
+from theory.beyond.base import Experiment, Numbers, final
 from theory.bounds import descent
-from theory.experiment import Experiment, Numbers, final
 from theory.metrics import mean_interval, sequential_limit
 from theory.optima import ProblemOptima
+from theory.plotting import beyond as plotting
 from theory.problems import PROBLEMS, make_problem
 from theory.schedulers import ORDERS
 from theory.simulate import StepSize

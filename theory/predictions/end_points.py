@@ -18,8 +18,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from theory import metrics
+from theory.predictions.verdicts import Estimate
 from theory.schedulers import objective_weights, scheduler_options
-from theory.verdicts import Estimate
 
 Array = NDArray[np.float64]
 

@@ -4,7 +4,7 @@ A budget of C buys C / cost steps, and E G_Mix of the uniform average is about m
 cost * tr(H^-1 V) (`theory.importance`, costs of `theory.costs`). So the ratio of two methods' gaps
 at equal compute should be the ratio of their merits. The budget is what `num_steps` steps of Mix
 cost. The law is exact to leading order for quadratics; elsewhere third derivatives add a term of
-the same order where the noise is large (see `bounds.uniform_average_gap`).
+the same order where the noise is large (see `leading_order.uniform_average_gap`).
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import pandas as pd
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from theory import plotting_beyond as plotting
+from theory.beyond.base import Experiment, Numbers, final
 from theory.costs import Costs, cost_per_step
-from theory.experiment import Experiment, Numbers, final
 from theory.importance import gradient_moments, optimal_probability
 from theory.metrics import Interval, mean_interval
 from theory.optima import ProblemOptima
+from theory.plotting import beyond as plotting
 from theory.problems import make_problem
 from theory.sweep import Batch, Variant
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from theory.metrics import mix_value
 from theory.optima import ProblemOptima
 from theory.pareto import Front
-from theory.plotting import COLOURS, LABELS, MARKERS, STYLE
+from theory.plotting.style import COLOURS, LABELS, MARKERS, STYLE
 from theory.schedulers import ORDERS
 
 Numbers = list[dict[str, Any]]

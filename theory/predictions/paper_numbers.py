@@ -13,9 +13,9 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from theory.end_points import ERRORS, LOSSES, Optima, end_points
-from theory.predictions import PREDICTIONS, Prediction
-from theory.verdicts import Claim, Claims, Estimate, Verdict, judge, within
+from theory.predictions.claims import PREDICTIONS, Prediction
+from theory.predictions.end_points import ERRORS, LOSSES, Optima, end_points
+from theory.predictions.verdicts import Claim, Claims, Estimate, Verdict, judge, within
 
 SOURCE = "arXiv 2410.15483, Pythia-1b, read off the figures, rounded"
 ROUNDING = 0.005

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 
-from theory.plotting import COLOURS, GAP_NAMES, LABELS, MARKERS, STYLE, middle
+from theory.plotting.style import COLOURS, GAP_NAMES, LABELS, MARKERS, STYLE, middle
 
 __all__ = ["convergence_figure", "middle", "slopes_figure"]
 

@@ -6,7 +6,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
-from theory.plotting import COLOURS, LABELS, STYLE
+from theory.plotting.style import COLOURS, LABELS, STYLE
 
 ALGORITHMS = ("mix", "alright", "maxright", "sequential")
 SOURCES = ("exact", "lazy", "fresh", "same")

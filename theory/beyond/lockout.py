@@ -24,10 +24,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 from scipy.special import logit
 
-from theory import plotting_beyond as plotting
-from theory.experiment import Experiment, Numbers, final
+from theory.beyond.base import Experiment, Numbers, final
 from theory.metrics import mean_interval, optimality_gaps
 from theory.optima import ProblemOptima
+from theory.plotting import beyond as plotting
 from theory.problems import make_problem
 from theory.sweep import Batch, Variant
 

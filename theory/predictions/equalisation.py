@@ -8,9 +8,9 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import logit
 
-from theory.end_points import EndPoint, Optima, common_seeds
+from theory.predictions.end_points import EndPoint, Optima, common_seeds
+from theory.predictions.verdicts import Estimate
 from theory.tasks import Task
-from theory.verdicts import Estimate
 
 
 class LogLine(NamedTuple):

@@ -18,16 +18,16 @@ import pandas as pd
 
 from theory.cli import OneLineParser, check_output_dir, positive_int, unit_float
 from theory.costs import Costs
-from theory.end_points import Optima, end_points
 from theory.optima import TOLERANCE, ProblemOptima
-from theory.paper_numbers import SOURCE, paper_verdicts
-from theory.predictions import PREDICTIONS, CostPerStep, Equalisation, Prediction, verdicts
-from theory.predictions_figure import PAPER, verdict_figure
+from theory.plotting.predictions import PAPER, verdict_figure
+from theory.predictions.claims import PREDICTIONS, CostPerStep, Equalisation, Prediction, verdicts
+from theory.predictions.end_points import Optima, end_points
+from theory.predictions.paper_numbers import SOURCE, paper_verdicts
+from theory.predictions.verdicts import Verdict
 from theory.problems import PROBLEMS, make_problem
 from theory.records import save_figure, write_json, write_parquet
 from theory.schedulers import ORDERS
 from theory.sweep import Batch, Variant, discard_parts, run_sweep
-from theory.verdicts import Verdict
 
 PROG = "python -m theory.predictions"
 COUNTED = "counted"

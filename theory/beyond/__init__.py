@@ -1,0 +1,1 @@
+"""The experiments of `python -m theory.beyond_experiment`, one module each."""

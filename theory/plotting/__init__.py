@@ -1,0 +1,1 @@
+"""Figures from records: numbers in, Figure out. Nothing here simulates or reads arguments."""
