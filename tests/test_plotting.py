@@ -199,7 +199,7 @@ def test_axes_are_logarithmic_and_labelled() -> None:
     figure, _ = draw()
     for axes in figure.axes:
         assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
-    top_left, top_right, bottom_left, bottom_right = figure.axes
+    top_left, top_right, bottom_left, _ = figure.axes
     assert [top_left.get_title(), top_right.get_title()] == list(PROBLEMS)
     assert "Mix" in top_left.get_ylabel()
     assert "Max" in bottom_left.get_ylabel()
