@@ -20,6 +20,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from llm.callbacks import JsonLines
@@ -56,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_text(output_dir / "README.md", model_card(config, summary))
         write_json(output_dir / SUMMARY_FILE, summary)
     say(table(summary))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # its threads must not outlive the interpreter
     say(f"\nwrote the model, {METRICS_FILE}, {SCHEDULE_FILE} and {SUMMARY_FILE} to {output_dir}/")
 
 

@@ -700,6 +700,8 @@ trainer.train()
 log = trainer.state.log_history
 torch.save([trainer.model.state_dict(), trainer.state_to_json(), log],
            Path({out!r}) / f"rank{{trainer.args.process_index}}.pt")
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()  # gloo's threads must be gone before the interpreter
 """
 ON_TWO_RANKS: dict[str, Any] = {
     "scheduler": Maxright(0.85, (0.0, 0.0), refresh_every=3),
@@ -735,6 +737,7 @@ def test_two_ranks_train_like_one_with_twice_the_batch(tmp_path: Path) -> None:
     finally:
         for process in ranks:
             process.kill()
+            process.communicate()
     alone = make_trainer(
         **ON_TWO_RANKS,
         output_dir=tmp_path,
