@@ -28,7 +28,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from theory.cli import OneLineParser, check_output_dir, positive_int, run_command, unit_float
+from theory.cli import check_output_dir, positive_int, run_command
+from theory.command import common_fields, sweep_parser
 from theory.metrics import mean_interval, sequential_limit
 from theory.optima import TOLERANCE, ProblemOptima
 from theory.plotting import convergence as plotting
@@ -223,10 +224,7 @@ def _limit(problem: str, order: str, lam: float) -> tuple[float, str]:
 def main(argv: list[str] | None = None) -> None:
     arguments = parse(argv)
     config = ConvergenceConfig(
-        problems=tuple(dict.fromkeys(arguments.problem)),
-        lams=tuple(dict.fromkeys(arguments.lam)),
-        num_steps=arguments.steps,
-        num_seeds=arguments.seeds,
+        **common_fields(arguments),
         fit_from=arguments.fit_from,
     )
     out = Path(arguments.out)
@@ -298,19 +296,11 @@ def _report_row(rate: dict[str, Any]) -> str:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     defaults = ConvergenceConfig()
-    parser = OneLineParser(
-        prog="python -m theory.convergence_experiment",
-        description="Measure convergence rates and hold them against the theorems' bounds.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    description = "Measure convergence rates and hold them against the theorems' bounds."
+    parser = sweep_parser("convergence_experiment", description, defaults)
+    parser.add_argument(
+        "--fit_from", type=positive_int, default=defaults.fit_from, help="first step of the fit"
     )
-    add = parser.add_argument
-    add("--problem", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS), help="problems")
-    add("--lam", nargs="+", type=unit_float, default=list(defaults.lams), help="weights on DPO")
-    add("--steps", type=positive_int, default=defaults.num_steps, help="last step T of each run")
-    add("--seeds", type=positive_int, default=defaults.num_seeds, help="number of seeds")
-    add("--fit_from", type=positive_int, default=defaults.fit_from, help="first step of the fit")
-    add("--out", default="figures/convergence_experiment", help="directory for the results")
-    add("--jobs", type=positive_int, default=2, help="parallel processes")
     arguments = parser.parse_args(argv)
     if arguments.steps < 10 * arguments.fit_from:
         parser.error(

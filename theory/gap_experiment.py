@@ -23,7 +23,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from theory.cli import OneLineParser, check_output_dir, positive_int, run_command, unit_float
+from theory.cli import check_output_dir, run_command
+from theory.command import add_refresh_every, common_fields, parse_sweep, sweep_parser
 from theory.metrics import sequential_limit
 from theory.optima import Optimum, ProblemOptima
 from theory.plotting import gap as plotting
@@ -132,10 +133,7 @@ def run_experiment(config: GapConfig, jobs: int = 2, parts: Path | None = None) 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse(argv)
     config = GapConfig(
-        problems=tuple(dict.fromkeys(arguments.problem)),
-        lams=tuple(dict.fromkeys(arguments.lam)),
-        num_steps=arguments.steps,
-        num_seeds=arguments.seeds,
+        **common_fields(arguments),
         refresh_every=arguments.refresh_every,
     )
     out = Path(arguments.out)
@@ -255,28 +253,10 @@ def _format(mean: float, low: float, high: float) -> str:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     defaults = GapConfig()
-    parser = OneLineParser(
-        prog="python -m theory.gap_experiment",
-        description="Measure the sequential trade-off gap and how the joint schedules close it.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--problem", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS), help="problems")
-    add("--lam", nargs="+", type=unit_float, default=list(defaults.lams), help="weights on DPO")
-    add("--steps", type=positive_int, default=defaults.num_steps, help="budget T of each run")
-    add("--seeds", type=positive_int, default=defaults.num_seeds, help="number of seeds")
-    add(
-        "--refresh_every",
-        type=positive_int,
-        default=defaults.refresh_every,
-        help="MAXRIGHT: steps between evaluations of both objectives",
-    )
-    add("--out", default="figures/gap_experiment", help="directory for the results")
-    add("--jobs", type=positive_int, default=2, help="parallel processes")
-    arguments = parser.parse_args(argv)
-    if arguments.steps < 10:
-        parser.error(f"--steps {arguments.steps} is too few: a run needs at least 10")
-    return arguments
+    description = "Measure the sequential trade-off gap and how the joint schedules close it."
+    parser = sweep_parser("gap_experiment", description, defaults)
+    add_refresh_every(parser, defaults.refresh_every)
+    return parse_sweep(parser, argv, least_steps=10)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from theory.cli import OneLineParser, check_output_dir, positive_int, run_command, unit_float
+from theory.cli import check_output_dir, run_command
+from theory.command import add_refresh_every, parse_sweep, sweep_parser
 from theory.optima import ProblemOptima
 from theory.pareto_summary import (
     EVEN_SPLIT,
@@ -37,7 +38,7 @@ from theory.pareto_summary import (
 )
 from theory.plotting import pareto as plotting
 from theory.plotting.style import middle
-from theory.problems import PROBLEMS, make_problem
+from theory.problems import make_problem
 from theory.records import save_figure, write_json, write_parquet
 from theory.schedulers import ORDERS
 from theory.sweep import COUNTS, KEYS, METRICS, Batch, Variant, discard_parts, run_sweep
@@ -163,28 +164,10 @@ def report(config: ParetoConfig, numbers: dict[str, Any]) -> str:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     defaults = ParetoConfig()
-    parser = OneLineParser(
-        prog="python -m theory.pareto_experiment",
-        description="Compare end points with the certified Pareto front.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--problem", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS), help="problems")
-    add("--lam", nargs="+", type=unit_float, default=list(defaults.lams), help="weights on DPO")
-    add("--steps", type=positive_int, default=defaults.num_steps, help="steps of each run")
-    add("--seeds", type=positive_int, default=defaults.num_seeds, help="number of seeds")
-    add(
-        "--refresh_every",
-        type=positive_int,
-        default=defaults.refresh_every,
-        help="MAXRIGHT: steps between evaluations of both objectives",
-    )
-    add("--out", default="figures/pareto_experiment", help="directory for the results")
-    add("--jobs", type=positive_int, default=2, help="parallel processes")
-    arguments = parser.parse_args(argv)
-    if arguments.steps < 100:
-        parser.error(f"--steps {arguments.steps} is too few: a run needs at least 100")
-    return arguments
+    description = "Compare end points with the certified Pareto front."
+    parser = sweep_parser("pareto_experiment", description, defaults)
+    add_refresh_every(parser, defaults.refresh_every)
+    return parse_sweep(parser, argv, least_steps=100)
 
 
 if __name__ == "__main__":

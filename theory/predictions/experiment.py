@@ -16,7 +16,8 @@ from typing import Any
 
 import pandas as pd
 
-from theory.cli import OneLineParser, check_output_dir, positive_int, unit_float
+from theory.cli import check_output_dir, unit_float
+from theory.command import add_refresh_every, parse_sweep, sweep_parser
 from theory.costs import Costs
 from theory.optima import TOLERANCE, ProblemOptima
 from theory.plotting.predictions import PAPER, verdict_figure
@@ -209,31 +210,13 @@ def _line(source: str, verdict: Verdict) -> str:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     defaults = PredictionsConfig()
-    parser = OneLineParser(
-        prog=PROG,
-        description="Test the six predictions on convex runs and on the published numbers.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--problem", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS), help="problems")
-    add("--lam", nargs="+", type=unit_float, default=list(defaults.lams), help="weights on DPO")
-    add("--steps", type=positive_int, default=defaults.num_steps, help="steps of each run")
-    add("--seeds", type=positive_int, default=defaults.num_seeds, help="number of seeds")
-    add(
+    description = "Test the six predictions on convex runs and on the published numbers."
+    parser = sweep_parser("predictions", description, defaults)
+    parser.add_argument(
         "--tolerance",
         type=unit_float,
         default=defaults.tolerance,
         help="violation of a prediction on losses that still counts as none, in nats",
     )
-    add(
-        "--refresh_every",
-        type=positive_int,
-        default=defaults.refresh_every,
-        help="MAXRIGHT's period in the runs whose costs are counted",
-    )
-    add("--out", default="figures/predictions", help="directory for the results")
-    add("--jobs", type=positive_int, default=2, help="parallel processes")
-    arguments = parser.parse_args(argv)
-    if arguments.steps < 10:
-        parser.error(f"--steps {arguments.steps} is too few: a run needs at least 10")
-    return arguments
+    add_refresh_every(parser, defaults.refresh_every)
+    return parse_sweep(parser, argv, least_steps=10)

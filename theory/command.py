@@ -1,0 +1,66 @@
+"""The flags that every sweep command has: problems, weights, length, seeds, output, processes."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any, Protocol
+
+from theory.cli import OneLineParser, positive_int, unit_float
+from theory.problems import PROBLEMS
+
+
+class SweepDefaults(Protocol):
+    """A frozen configuration with the common fields."""
+
+    @property
+    def lams(self) -> tuple[float, ...]: ...
+    @property
+    def num_steps(self) -> int: ...
+    @property
+    def num_seeds(self) -> int: ...
+
+
+def sweep_parser(name: str, description: str, defaults: SweepDefaults) -> OneLineParser:
+    """A parser for `python -m theory.NAME` with the common flags; it writes to figures/NAME."""
+    parser = OneLineParser(
+        prog=f"python -m theory.{name}",
+        description=description,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--problem", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS), help="problems")
+    add("--lam", nargs="+", type=unit_float, default=list(defaults.lams), help="weights on DPO")
+    add("--steps", type=positive_int, default=defaults.num_steps, help="steps of each run")
+    add("--seeds", type=positive_int, default=defaults.num_seeds, help="number of seeds")
+    add("--out", default=f"figures/{name}", help="directory for the results")
+    add("--jobs", type=positive_int, default=2, help="parallel processes")
+    return parser
+
+
+def add_refresh_every(parser: OneLineParser, default: int) -> None:
+    parser.add_argument(
+        "--refresh_every",
+        type=positive_int,
+        default=default,
+        help="MAXRIGHT: steps between evaluations of both objectives",
+    )
+
+
+def parse_sweep(
+    parser: OneLineParser, argv: list[str] | None, least_steps: int
+) -> argparse.Namespace:
+    """Parse, and refuse runs shorter than `least_steps`."""
+    arguments = parser.parse_args(argv)
+    if arguments.steps < least_steps:
+        parser.error(f"--steps {arguments.steps} is too few: a run needs at least {least_steps}")
+    return arguments
+
+
+def common_fields(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The common fields of a configuration; a repeated problem or lam counts once."""
+    return {
+        "problems": tuple(dict.fromkeys(arguments.problem)),
+        "lams": tuple(dict.fromkeys(arguments.lam)),
+        "num_steps": arguments.steps,
+        "num_seeds": arguments.seeds,
+    }
