@@ -15,6 +15,8 @@ from transformers import (
     TrainingArguments,
 )
 
+from theory.records import write_text
+
 
 class ProgressBar(ProgressCallback):
     """Trainer's bar with the two losses behind it, instead of a printed line for every log."""
@@ -60,9 +62,7 @@ class JsonLines(TrainerCallback):
         if state.is_world_process_zero and self.path.exists():
             lines = self.path.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if _step_of(line) <= state.global_step]
-            temporary = self.path.with_name(f".{self.path.name}.tmp")
-            temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-            temporary.replace(self.path)
+            write_text(self.path, "".join(f"{line}\n" for line in kept))
 
     def on_log(
         self,

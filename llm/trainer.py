@@ -136,11 +136,12 @@ class JointTrainer(SafeCheckpoints):
         self.decisions.append(weights.tolist())
         stepped = [task for task in Task if weights[task] != 0.0]
         batches: list[dict[str, Any]] = [{"weights": weights.tolist()} for _ in range(num_batches)]
+        counts = torch.zeros(len(Task))
         for task in stepped:
             for batch, rows in zip(batches, self._draw(task, num_batches), strict=True):
                 batch[task.label] = self.objectives[task].collate(rows, self.pad_token_id)
-        items = torch.tensor([self._items[task] if task in stepped else 0.0 for task in Task])
-        items = self._sum_over_ranks(items.to(device))
+                counts[task] += self.objectives[task].items(rows)
+        items = self._sum_over_ranks(counts.to(device))
         for batch in batches:
             batch["items"] = items
         self._step_losses = {}
@@ -149,9 +150,8 @@ class JointTrainer(SafeCheckpoints):
     def _draw(self, task: Task, num_batches: int) -> list[list[Row]]:
         batches = self._peek(task, num_batches)
         self.streams[task].advance(num_batches)
-        rows = [row for batch in batches for row in batch]
-        self._items = getattr(self, "_items", {}) | {task: self.objectives[task].items(rows)}
         self.steps_taken[task] += 1
+        rows = (row for batch in batches for row in batch)
         self.tokens_seen[task] += sum(
             len(ids) for row in rows for key, ids in row.items() if key.endswith("_ids")
         )

@@ -32,7 +32,7 @@ from theory.beyond.switches import Switches
 from theory.cli import OneLineParser, check_output_dir, positive_int, run_command, unit_float
 from theory.problems import PROBLEMS
 from theory.records import save_figure, write_json, write_parquet
-from theory.sweep import discard_parts, run_sweep
+from theory.sweep import FINISHED, discard_parts, run_sweep
 
 PARTS: dict[str, tuple[type[Experiment], ...]] = {
     "switches": (Switches,),
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
         check_output_dir(out / experiment.name)
     for experiment, batches in zip(chosen, work, strict=True):
         directory = out / experiment.name
-        parts = directory / "parts"
+        parts = directory / FINISHED
         results = run_sweep(batches, jobs=arguments.jobs, parts=parts)
         summary = experiment.summary(results)
         figure, numbers = experiment.figure(summary)

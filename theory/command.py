@@ -9,9 +9,11 @@ from theory.cli import OneLineParser, positive_int, unit_float
 from theory.problems import PROBLEMS
 
 
-class SweepDefaults(Protocol):
+class SweepConfig(Protocol):
     """A frozen configuration with the common fields."""
 
+    @property
+    def problems(self) -> tuple[str, ...]: ...
     @property
     def lams(self) -> tuple[float, ...]: ...
     @property
@@ -20,7 +22,7 @@ class SweepDefaults(Protocol):
     def num_seeds(self) -> int: ...
 
 
-def sweep_parser(name: str, description: str, defaults: SweepDefaults) -> OneLineParser:
+def sweep_parser(name: str, description: str, defaults: SweepConfig) -> OneLineParser:
     """A parser for `python -m theory.NAME` with the common flags; it writes to figures/NAME."""
     parser = OneLineParser(
         prog=f"python -m theory.{name}",
@@ -64,3 +66,14 @@ def common_fields(arguments: argparse.Namespace) -> dict[str, Any]:
         "num_steps": arguments.steps,
         "num_seeds": arguments.seeds,
     }
+
+
+def command_line(name: str, config: SweepConfig, *own: str) -> str:
+    """The command that reproduces the results; `own` names the command's own flags."""
+    flags = (
+        f"--problem {' '.join(config.problems)} --lam {' '.join(map(str, config.lams))} "
+        f"--steps {config.num_steps} --seeds {config.num_seeds}"
+    )
+    return " ".join(
+        [f"python -m theory.{name}", flags, *(f"--{flag} {getattr(config, flag)}" for flag in own)]
+    )

@@ -29,7 +29,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from theory.cli import check_output_dir, positive_int, run_command
-from theory.command import common_fields, sweep_parser
+from theory.command import command_line, common_fields, sweep_parser
 from theory.metrics import mean_interval, sequential_limit
 from theory.optima import TOLERANCE, ProblemOptima
 from theory.plotting import convergence as plotting
@@ -41,6 +41,7 @@ from theory.schedulers import ORDERS
 from theory.simulate import ITERATES, log_spaced_steps
 from theory.sweep import (
     COUNTS,
+    FINISHED,
     KEYS,
     METRICS,
     Batch,
@@ -229,7 +230,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     out = Path(arguments.out)
     check_output_dir(out)
-    parts = out / ".parts"
+    parts = out / FINISHED
     results = run_experiment(config, arguments.jobs, parts)
     bounds, references = bound_curves(config), limits(config)
     rates = measured_rates(config, results, bounds)
@@ -255,11 +256,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def command(config: ConvergenceConfig) -> str:
     """The command line that reproduces the results."""
-    return (
-        f"python -m theory.convergence_experiment --problem {' '.join(config.problems)} "
-        f"--lam {' '.join(map(str, config.lams))} --steps {config.num_steps} "
-        f"--seeds {config.num_seeds} --fit_from {config.fit_from}"
-    )
+    return command_line("convergence_experiment", config, "fit_from")
 
 
 def report(config: ConvergenceConfig, rates: list[dict[str, Any]]) -> str:

@@ -24,7 +24,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from theory.cli import check_output_dir, run_command
-from theory.command import add_refresh_every, common_fields, parse_sweep, sweep_parser
+from theory.command import add_refresh_every, command_line, common_fields, parse_sweep, sweep_parser
 from theory.metrics import sequential_limit
 from theory.optima import Optimum, ProblemOptima
 from theory.plotting import gap as plotting
@@ -35,6 +35,7 @@ from theory.schedulers import ORDERS
 from theory.simulate import log_spaced_steps
 from theory.sweep import (
     COUNTS,
+    FINISHED,
     KEYS,
     METRICS,
     Batch,
@@ -138,7 +139,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     out = Path(arguments.out)
     check_output_dir(out)
-    parts = out / ".parts"
+    parts = out / FINISHED
     results = run_experiment(config, arguments.jobs, parts)
     groups = summarise(results, GROUPS)
     limits = reference_values(config)
@@ -156,11 +157,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def command(config: GapConfig) -> str:
     """The command line that reproduces the results."""
-    return (
-        f"python -m theory.gap_experiment --problem {' '.join(config.problems)} "
-        f"--lam {' '.join(map(str, config.lams))} --steps {config.num_steps} "
-        f"--seeds {config.num_seeds} --refresh_every {config.refresh_every}"
-    )
+    return command_line("gap_experiment", config, "refresh_every")
 
 
 def reference_values(config: GapConfig) -> dict[str, Any]:

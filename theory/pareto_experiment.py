@@ -23,7 +23,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from theory.cli import check_output_dir, run_command
-from theory.command import add_refresh_every, parse_sweep, sweep_parser
+from theory.command import add_refresh_every, command_line, common_fields, parse_sweep, sweep_parser
 from theory.optima import ProblemOptima
 from theory.pareto_summary import (
     EVEN_SPLIT,
@@ -41,7 +41,7 @@ from theory.plotting.style import middle
 from theory.problems import make_problem
 from theory.records import save_figure, write_json, write_parquet
 from theory.schedulers import ORDERS
-from theory.sweep import COUNTS, KEYS, METRICS, Batch, Variant, discard_parts, run_sweep
+from theory.sweep import COUNTS, FINISHED, KEYS, METRICS, Batch, Variant, discard_parts, run_sweep
 
 
 def batches(config: ParetoConfig) -> list[Batch]:
@@ -108,15 +108,12 @@ def figures(
 def main(argv: list[str] | None = None) -> None:
     arguments = parse(argv)
     config = ParetoConfig(
-        problems=tuple(dict.fromkeys(arguments.problem)),
-        lams=tuple(sorted(set(arguments.lam))),
-        num_steps=arguments.steps,
-        num_seeds=arguments.seeds,
+        **common_fields(arguments) | {"lams": tuple(sorted(set(arguments.lam)))},
         refresh_every=arguments.refresh_every,
     )
     out = Path(arguments.out)
     check_output_dir(out)
-    parts = out / ".parts"
+    parts = out / FINISHED
     results = run_experiment(config, arguments.jobs, parts)
     references = {problem: reference(config, problem) for problem in config.problems}
     numbers = summary(config, results, references)
@@ -134,11 +131,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def command(config: ParetoConfig) -> str:
     """The command line that reproduces the results."""
-    return (
-        f"python -m theory.pareto_experiment --problem {' '.join(config.problems)} "
-        f"--lam {' '.join(map(str, config.lams))} --steps {config.num_steps} "
-        f"--seeds {config.num_seeds} --refresh_every {config.refresh_every}"
-    )
+    return command_line("pareto_experiment", config, "refresh_every")
 
 
 def report(config: ParetoConfig, numbers: dict[str, Any]) -> str:

@@ -37,6 +37,8 @@ METRICS = ("f_dpo", "f_sft", "mix_gap", "max_gap", "ideal_distance")
 COUNTS = ("dpo_gradients", "sft_gradients", "probes")
 KEYS = ("problem", "algorithm", "variant", "lam", "step", "iterate")
 """What identifies a group of runs that differ by their seed only."""
+FINISHED = ".parts"
+"""Folder below --out for the finished batches; hidden, since it is deleted in the end."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Any
 import pandas as pd
 
 from theory.cli import check_output_dir, unit_float
-from theory.command import add_refresh_every, parse_sweep, sweep_parser
+from theory.command import add_refresh_every, command_line, common_fields, parse_sweep, sweep_parser
 from theory.costs import Costs
 from theory.optima import TOLERANCE, ProblemOptima
 from theory.plotting.predictions import PAPER, verdict_figure
@@ -28,7 +28,7 @@ from theory.predictions.verdicts import Verdict
 from theory.problems import PROBLEMS, make_problem
 from theory.records import save_figure, write_json, write_parquet
 from theory.schedulers import ORDERS
-from theory.sweep import Batch, Variant, discard_parts, run_sweep
+from theory.sweep import FINISHED, Batch, Variant, discard_parts, run_sweep
 
 PROG = "python -m theory.predictions"
 COUNTED = "counted"
@@ -144,16 +144,13 @@ def equalisation_points(config: PredictionsConfig, runs: pd.DataFrame) -> dict[s
 def main(argv: list[str] | None = None) -> None:
     arguments = parse(argv)
     config = PredictionsConfig(
-        problems=tuple(dict.fromkeys(arguments.problem)),
-        lams=tuple(sorted(set(arguments.lam))),
-        num_steps=arguments.steps,
-        num_seeds=arguments.seeds,
+        **common_fields(arguments) | {"lams": tuple(sorted(set(arguments.lam)))},
         tolerance=arguments.tolerance,
         refresh_every=arguments.refresh_every,
     )
     out = Path(arguments.out)
     check_output_dir(out)
-    runs = run_experiment(config, arguments.jobs, out / "parts")
+    runs = run_experiment(config, arguments.jobs, out / FINISHED)
     results = convex_verdicts(config, runs) | {PAPER: paper_verdicts(config.predictions)}
     write_json(out / "config.json", asdict(config))
     write_parquet(out / "results.parquet", runs)
@@ -163,18 +160,14 @@ def main(argv: list[str] | None = None) -> None:
     sidecar = {"command": command(config), "config": asdict(config), "seeds": config.seeds}
     write_json(out / "predictions.json", sidecar | {"published": SOURCE} | numbers)
     print(report(results))
-    discard_parts(out / "parts")
+    discard_parts(out / FINISHED)
     files = "config.json, results.parquet, summary.json and predictions.png/.svg/.json"
     print(f"\nwrote {files} to {out}/")
 
 
 def command(config: PredictionsConfig) -> str:
     """The command line that reproduces the results."""
-    return (
-        f"{PROG} --problem {' '.join(config.problems)} --lam {' '.join(map(str, config.lams))} "
-        f"--steps {config.num_steps} --seeds {config.num_seeds} --tolerance {config.tolerance} "
-        f"--refresh_every {config.refresh_every}"
-    )
+    return command_line("predictions", config, "tolerance", "refresh_every")
 
 
 def summary(config: PredictionsConfig, results: dict[str, list[Verdict]]) -> dict[str, Any]:
