@@ -15,6 +15,7 @@ import torch
 
 from llm.collate import collate_preference
 from llm.objectives import LanguageObjective, Row, move, pair_logps
+from llm.packing import pack_preference
 from theory.tasks import Task
 
 
@@ -47,13 +48,19 @@ def evaluate_objective(
 
 @torch.no_grad()
 def with_reference_logps(
-    reference: torch.nn.Module, rows: Sequence[Row], *, batch_size: int, pad_token_id: int
+    reference: torch.nn.Module,
+    rows: Sequence[Row],
+    *,
+    batch_size: int,
+    pad_token_id: int,
+    packing: bool = True,
 ) -> list[Row]:
     """The rows with `ref_chosen_logps` and `ref_rejected_logps`, computed once (nats)."""
+    collate = pack_preference if packing else collate_preference
     objective_rows: list[Row] = [dict(row) for row in rows]
     with evaluating(reference):
         for chunk in by_length(range(len(rows)), rows, batch_size):
-            batch = collate_preference([objective_rows[i] for i in chunk], pad_token_id)
+            batch = collate([objective_rows[i] for i in chunk], pad_token_id)
             logps = pair_logps(reference, move(batch, device_of(reference)))
             for i, chosen, rejected in zip(chunk, *(side.tolist() for side in logps), strict=True):
                 objective_rows[i] |= {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}

@@ -15,16 +15,12 @@ import torch
 from torch import Tensor
 
 from llm.collate import collate_preference, collate_sft
-from llm.losses import (
-    check_preference_options,
-    dpo_loss,
-    response_lengths,
-    sequence_logps,
-    token_logps,
-)
+from llm.forward import response_logps
+from llm.losses import check_preference_options, dpo_loss
+from llm.packing import pack_preference, pack_sft
 from theory.tasks import Task
 
-Batch = dict[str, Tensor]
+Batch = dict[str, Any]
 Row = dict[str, Any]
 
 
@@ -45,6 +41,11 @@ class LanguageObjective(Protocol):
     @property
     def task(self) -> Task: ...
 
+    @property
+    def packing(self) -> bool:
+        """Whether its batches are packed (`llm.packing`)."""
+        ...
+
     def collate(self, rows: Sequence[Row], pad_token_id: int) -> Batch: ...
 
     def items(self, rows: Sequence[Row]) -> int:
@@ -56,43 +57,52 @@ class LanguageObjective(Protocol):
 
 @dataclass(frozen=True)
 class SFTObjective:
-    """f_SFT: items are response tokens; `sequence_loss` is the mean over examples (theory)."""
+    """f_SFT: items are response tokens; `sequence_loss` is the mean over examples (theory).
 
+    `packing` chooses packed batches (`llm.packing`) over padded ones; the values are the same.
+    """
+
+    packing: bool = True
     task: Task = Task.SFT
 
     def collate(self, rows: Sequence[Row], pad_token_id: int) -> Batch:
-        return collate_sft(rows, pad_token_id)
+        return (pack_sft if self.packing else collate_sft)(rows, pad_token_id)
 
     def items(self, rows: Sequence[Row]) -> int:
         return sum(len(row["completion_ids"]) for row in rows)
 
     def __call__(self, model: torch.nn.Module, batch: Batch) -> Terms:
-        logps, mask = token_logps(forward_logits(model, batch), batch["labels"])
-        total = -logps.sum()
-        return Terms(total, {"sequence_loss": (total.detach(), len(mask))})
+        logps = response_logps(model, batch)
+        total = -logps.values.sum()
+        return Terms(total, {"sequence_loss": (total.detach(), logps.count)})
 
 
 @dataclass(frozen=True)
 class DPOObjective:
-    """f_DPO with precomputed reference log-probabilities in the rows: items are pairs."""
+    """f_DPO with precomputed reference log-probabilities in the rows: items are pairs.
+
+    `packing` as in `SFTObjective`.
+    """
 
     beta: float = 0.1
     loss_type: str = "sigmoid"
     label_smoothing: float = 0.0
+    packing: bool = True
     task: Task = Task.DPO
 
     def __post_init__(self) -> None:
         check_preference_options(self.loss_type, self.beta, self.label_smoothing)
 
     def collate(self, rows: Sequence[Row], pad_token_id: int) -> Batch:
-        return collate_preference(rows, pad_token_id)
+        return (pack_preference if self.packing else collate_preference)(rows, pad_token_id)
 
     def items(self, rows: Sequence[Row]) -> int:
         return len(rows)
 
     def __call__(self, model: torch.nn.Module, batch: Batch) -> Terms:
-        chosen, rejected = pair_logps(model, batch)
-        lengths = response_lengths(batch["labels"]).chunk(2)
+        logps = response_logps(model, batch)
+        chosen, rejected = logps.sums().chunk(2)
+        chosen_lengths, rejected_lengths = logps.lengths().chunk(2)
         terms = dpo_loss(
             chosen,
             rejected,
@@ -101,8 +111,8 @@ class DPOObjective:
             beta=self.beta,
             loss_type=self.loss_type,
             label_smoothing=self.label_smoothing,
-            chosen_lengths=lengths[0],
-            rejected_lengths=lengths[1],
+            chosen_lengths=chosen_lengths,
+            rejected_lengths=rejected_lengths,
         )
         margins = terms.chosen_rewards - terms.rejected_rewards
         metrics = {
@@ -116,19 +126,15 @@ class DPOObjective:
         return Terms(terms.losses.sum(), sums)
 
 
-def forward_logits(model: torch.nn.Module, batch: Batch) -> Tensor:
-    """Logits (B, T, V) of a padded batch."""
-    output = model(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-    )
-    return output.logits
-
-
 def pair_logps(model: torch.nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """log pi(y_w|x) and log pi(y_l|x) of each pair: two tensors of shape (B,)."""
-    chosen, rejected = sequence_logps(forward_logits(model, batch), batch["labels"]).chunk(2)
+    chosen, rejected = response_logps(model, batch).sums().chunk(2)
     return chosen, rejected
 
 
 def move(batch: Batch, device: torch.device) -> Batch:
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    """The tensors of a batch on `device`; the rest of it as it is."""
+    return {
+        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        for name, value in batch.items()
+    }

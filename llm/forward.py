@@ -1,0 +1,132 @@
+"""From a batch to the log-probabilities of its response tokens, in one forward pass.
+
+Padded and packed batches give the same numbers. The head (hidden state to vocabulary) runs on the
+positions that predict a response token and nowhere else, and, for packed batches, chunk by chunk: a
+tensor of (tokens x vocabulary) in float32 never exists for more than `LOGITS_BYTES` at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from llm.attention import PLAN_ARGUMENT, packed_attention, transformers_model
+from llm.losses import token_logps
+
+LOGITS_BYTES = 2**28
+"""Float32 logits held at once. More than this is computed in chunks and again in the backward."""
+SCALED_AFTER_THE_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+"""Settings of models that change the logits after the head: these get their logits whole."""
+
+
+@dataclass(frozen=True)
+class ResponseLogps:
+    """Log-probabilities (N,) of all response tokens of a batch, and whose tokens they are."""
+
+    values: Tensor
+    owners: Tensor
+    count: int
+    """Number of responses; `owners` (N,) lies in [0, count)."""
+
+    def sums(self) -> Tensor:
+        """log pi(y|x) of each response: (count,)."""
+        return self.values.new_zeros(self.count).index_add(0, self.owners, self.values)
+
+    def lengths(self) -> Tensor:
+        """Tokens of each response: (count,)."""
+        return torch.bincount(self.owners, minlength=self.count)
+
+
+def response_logps(model: torch.nn.Module, batch: Mapping[str, Any]) -> ResponseLogps:
+    """log pi(token | prompt, response so far) of the response tokens of a padded or packed batch.
+
+    float32 (float64 for a float64 model) in nats; rows as in `llm.collate` and `llm.packing`.
+    """
+    if "plan" not in batch:
+        return _padded(model, batch)
+    with packed_attention(model):
+        return _packed(model, batch)
+
+
+def _padded(model: torch.nn.Module, batch: Mapping[str, Any]) -> ResponseLogps:
+    output = model(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+    )
+    values, mask = token_logps(output.logits, batch["labels"])
+    return ResponseLogps(values[mask], mask.nonzero()[:, 0], len(mask))
+
+
+def _packed(model: torch.nn.Module, batch: Mapping[str, Any]) -> ResponseLogps:
+    targets = batch["targets"]
+    inputs = {
+        "input_ids": batch["input_ids"],
+        "position_ids": batch["position_ids"],
+        "use_cache": False,
+        "logits_to_keep": batch["predictors"],
+        PLAN_ARGUMENT: batch["plan"],
+    }
+    inner = transformers_model(model)
+    if _head_is_last(model, inner):
+        with _scoring(inner, targets):
+            values = model(**inputs).logits.reshape(-1)
+    else:
+        values = _score(model(**inputs).logits, targets)
+    count = len(batch["plan"].lengths)
+    return ResponseLogps(values, batch["owners"], count)
+
+
+def _head_is_last(model: torch.nn.Module, inner: Any) -> bool:
+    """Whether the logits are the output of the head as it is, in a model that is not compiled."""
+    config = inner.config.get_text_config()
+    rescaled = any(getattr(config, name, None) is not None for name in SCALED_AFTER_THE_HEAD)
+    return not rescaled and not hasattr(model, "_orig_mod") and inner.get_output_embeddings()
+
+
+@contextmanager
+def _scoring(model: Any, targets: Tensor) -> Iterator[None]:
+    """Inside, the model's head returns log-probabilities (1, N, 1) of `targets`, not logits.
+
+    So the whole forward stays one call of the (possibly sharded) model, as its wrappers need it.
+    """
+    head = model.get_output_embeddings()
+    logits_of = head.forward
+
+    def forward(hidden: Tensor) -> Tensor:
+        return _in_chunks(logits_of, hidden, targets, model.config.get_text_config().vocab_size)
+
+    head.forward = forward
+    try:
+        yield
+    finally:
+        del head.forward
+
+
+def _in_chunks(
+    logits_of: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, vocabulary: int
+) -> Tensor:
+    rows = max(1, LOGITS_BYTES // (4 * vocabulary))
+    if len(targets) <= rows:
+        return _score(logits_of(hidden), targets).reshape(1, -1, 1)
+
+    def score(part: Tensor, ids: Tensor) -> Tensor:
+        return _score(logits_of(part), ids)
+
+    parts = [
+        checkpoint(score, part, ids, use_reentrant=False)
+        for part, ids in zip(hidden.split(rows, dim=1), targets.split(rows), strict=True)
+    ]
+    return torch.cat(parts).reshape(1, -1, 1)
+
+
+def _score(logits: Tensor, targets: Tensor) -> Tensor:
+    """log softmax(logits)[targets], float32 as in `llm.losses.token_logps`: (N,)."""
+    logits = logits.reshape(len(targets), -1)
+    promoted = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return -F.cross_entropy(promoted, targets, reduction="none")

@@ -1,0 +1,120 @@
+"""Batches without padding: all rows of a micro-batch in one sequence, each prompt once.
+
+A preference pair is laid out as [prompt chosen][rejected]. The rejected response attends to the
+prompt of its pair and to itself, and its positions continue from the prompt: to every token the
+sequence looks as if its pair partner and the other rows were not there. So a pair costs P + C + R
+tokens instead of the 2 (P + max(C, R)) of two padded rows, and the values are the same.
+
+Prompt sharing: arXiv 2410.20305. What attends to what is in a `PackingPlan`; `llm.attention` obeys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+Row = Mapping[str, Any]
+Indices = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class PackingPlan:
+    """The blocks of a packed sequence, in order; attention is causal inside a block.
+
+    Attributes:
+        lengths: tokens of each block; they add up to the length of the sequence.
+        parents: for each block the number of the block whose first `shared` tokens it sees in
+            front of its own, or -1.
+        shared: how many of them; 0 without a parent.
+    """
+
+    lengths: tuple[int, ...]
+    parents: tuple[int, ...]
+    shared: tuple[int, ...]
+
+    def key_indices(self) -> Indices:
+        """Positions of the keys of all blocks in turn: the shared prompt, then the block."""
+        starts = [0, *accumulate(self.lengths)]
+        parts = []
+        for i, (length, parent, shared) in enumerate(
+            zip(self.lengths, self.parents, self.shared, strict=True)
+        ):
+            if parent >= 0:
+                parts.append(np.arange(starts[parent], starts[parent] + shared))
+            parts.append(np.arange(starts[i], starts[i] + length))
+        return np.concatenate(parts)
+
+    @property
+    def key_lengths(self) -> tuple[int, ...]:
+        """Keys that the blocks attend to."""
+        return tuple(
+            length + shared for length, shared in zip(self.lengths, self.shared, strict=True)
+        )
+
+
+def pack_sft(rows: Sequence[Row], pad_token_id: int = 0) -> dict[str, Any]:
+    """SFT rows as one sequence of shape (1, T); nothing is padded.
+
+    `input_ids` and `position_ids` (1, T); for the N response tokens `targets` (N,), the positions
+    `predictors` (N,) whose hidden state predicts them and `owners` (N,), the row they belong to;
+    `plan`, a `PackingPlan`.
+    """
+    return _pack([(row["prompt_ids"], [row["completion_ids"]]) for row in rows])
+
+
+def pack_preference(rows: Sequence[Row], pad_token_id: int = 0) -> dict[str, Any]:
+    """Pairs as one sequence of shape (1, T) with every prompt once; nothing is padded.
+
+    As `pack_sft`; `owners` counts the chosen responses 0..B-1 and the rejected ones B..2B-1. If the
+    rows carry `ref_chosen_logps` and `ref_rejected_logps` (float), these come along, (B,) float32.
+    """
+    batch = _pack([(row["prompt_ids"], [row["chosen_ids"], row["rejected_ids"]]) for row in rows])
+    for key in ("ref_chosen_logps", "ref_rejected_logps"):
+        if key in rows[0]:
+            batch[key] = torch.tensor([row[key] for row in rows], dtype=torch.float32)
+    return batch
+
+
+def _pack(rows: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]]) -> dict[str, Any]:
+    """Rows of (prompt, responses): the first response follows its prompt, others refer to it."""
+    tokens: list[Any] = []
+    positions: list[Indices] = []
+    predictors: list[Indices] = []
+    targets: list[Any] = []
+    owners: list[Indices] = []
+    blocks: list[tuple[int, int, int]] = []
+    start = 0
+    for i, (prompt, responses) in enumerate(rows):
+        last_of_prompt, first_block = start + len(prompt) - 1, len(blocks)
+        for side, response in enumerate(responses):
+            own = [prompt, response] if side == 0 else [response]
+            length = sum(map(len, own))
+            shared = 0 if side == 0 else len(prompt)
+            blocks.append((length, first_block if side else -1, shared))
+            tokens += own
+            positions.append(np.arange(shared, shared + length))
+            # Token t of the response is predicted from the token before it; the first from the
+            # end of the prompt, wherever that stands.
+            begin = start + length - len(response)
+            predictors += [np.array([last_of_prompt]), np.arange(begin, start + length - 1)]
+            targets.append(response)
+            owners.append(np.full(len(response), side * len(rows) + i))
+            start += length
+    return {
+        "input_ids": _tensor(tokens)[None],
+        "position_ids": _tensor(positions)[None],
+        "predictors": _tensor(predictors),
+        "targets": _tensor(targets),
+        "owners": _tensor(owners),
+        "plan": PackingPlan(*zip(*blocks, strict=True)),
+    }
+
+
+def _tensor(parts: Sequence[Any]) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate(parts).astype(np.int64, copy=False))

@@ -1,0 +1,361 @@
+"""llm.packing, llm.attention, llm.forward: a packed batch is worth what its rows are alone."""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Callable
+from contextlib import nullcontext
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    GPTNeoXConfig,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from llm import attention, forward
+from llm.attention import PACKED, packed_attention, varlen_attention
+from llm.collate import collate_preference, collate_sft
+from llm.forward import response_logps
+from llm.objectives import DPOObjective, SFTObjective
+from llm.packing import PackingPlan, pack_preference, pack_sft
+
+VOCABULARY = 97
+# Sums of up to 9 log-probabilities of order 5 in float32, relative to the largest of them.
+FLOAT32 = 1e-5
+
+_SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+_GROUPED = _SIZES | {"num_key_value_heads": 2, "intermediate_size": 64}
+SHAPES: dict[str, PreTrainedConfig] = {
+    "gpt_neox": GPTNeoXConfig(**_SIZES, intermediate_size=64),
+    "llama": LlamaConfig(**_GROUPED),
+    "opt": OPTConfig(**_SIZES, ffn_dim=64, word_embed_proj_dim=32, dropout=0.0),
+    "qwen2": Qwen2Config(**_GROUPED),
+    "qwen3": Qwen3Config(**_GROUPED, head_dim=8),
+    "gpt2": GPT2Config(**_SIZES, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
+    "sliding window": MistralConfig(**_GROUPED, sliding_window=5),
+    "logits scaled after the head": GraniteConfig(**_GROUPED, logits_scaling=3.0),
+}
+
+
+def make_model(shape: str = "llama") -> Any:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(SHAPES[shape])
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):  # zero at first: positions and rows must not be alike
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def make_rows(seed: int = 0) -> list[dict[str, Any]]:
+    """Pairs with long and short prompts and responses; `completion_ids` makes them SFT rows too."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for lengths in ((7, 5, 3), (1, 1, 9), (12, 8, 8), (3, 2, 1)):
+        prompt, chosen, rejected = (rng.integers(1, VOCABULARY, n).tolist() for n in lengths)
+        rows.append(
+            {
+                "prompt_ids": prompt,
+                "chosen_ids": chosen,
+                "rejected_ids": rejected,
+                "completion_ids": chosen,
+                "ref_chosen_logps": -20.0,
+                "ref_rejected_logps": -21.0,
+            }
+        )
+    return rows
+
+
+def value_and_gradient(model: Any, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    """log pi of every response, and the gradient of a sum that weighs each differently."""
+    model.zero_grad()
+    # Layers that are computed again in the backward need their attention there as well.
+    with packed_attention(model) if "plan" in batch else nullcontext():
+        sums = response_logps(model, batch).sums()
+        (sums * torch.arange(1.0, len(sums) + 1.0)).sum().backward()
+    gradients = {
+        name: parameter.grad.clone()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
+    return sums.detach(), gradients
+
+
+def assert_equal(actual: Any, expected: Any) -> None:
+    """Values and gradients agree to FLOAT32, relative to the largest entry of each tensor."""
+    (values, gradients), (expected_values, expected_gradients) = actual, expected
+    assert gradients.keys() == expected_gradients.keys()
+    pairs = [(values, expected_values)]
+    pairs += [(gradients[name], expected_gradients[name]) for name in gradients]
+    # A gradient that is zero in exact arithmetic (a key's bias) is judged by the others' size.
+    scale = max(float(tensor.abs().max()) for tensor in expected_gradients.values())
+    for mine, theirs in pairs:
+        bound = FLOAT32 * max(float(theirs.abs().max()), 0.01 * scale)
+        assert float((mine - theirs).abs().max()) <= bound
+
+
+@pytest.mark.parametrize("chunk_rows", [None, 5])
+@pytest.mark.parametrize(
+    ("pack", "pad"), [(pack_preference, collate_preference), (pack_sft, collate_sft)]
+)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_packed_equals_padded(
+    shape: str,
+    pack: Callable[..., Any],
+    pad: Callable[..., Any],
+    chunk_rows: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if chunk_rows is not None:
+        monkeypatch.setattr(forward, "LOGITS_BYTES", chunk_rows * 4 * VOCABULARY)
+    model, rows = make_model(shape), make_rows()
+    expected = value_and_gradient(model, pad(rows, 0))
+    assert_equal(value_and_gradient(model, pack(rows)), expected)
+
+
+def test_activation_checkpointing_changes_nothing() -> None:
+    model, batch = make_model(), pack_preference(make_rows())
+    expected = value_and_gradient(model, batch)
+    # transformers renamed it within 5.x
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    (enable or model.gradient_checkpointing_enable)()
+    model.train()
+    assert_equal(value_and_gradient(model, batch), expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning:transformers")  # peft
+def test_adapters_on_layers_and_head_are_seen() -> None:
+    targets = ["q_proj", "v_proj", "lm_head"]
+    model: Any = get_peft_model(make_model(), LoraConfig(r=2, target_modules=targets))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    rows = make_rows()
+    expected = value_and_gradient(model, collate_preference(rows, 0))
+    actual = value_and_gradient(model, pack_preference(rows))
+    assert any("lm_head" in name for name in actual[1])
+    assert_equal(actual, expected)
+
+
+def test_a_pair_costs_its_prompt_once() -> None:
+    rows = make_rows()
+    batch = pack_preference(rows)
+    tokens = sum(len(row[key]) for row in rows for key in ("prompt_ids", "chosen_ids"))
+    tokens += sum(len(row["rejected_ids"]) for row in rows)
+    assert batch["input_ids"].shape == batch["position_ids"].shape == (1, tokens)
+    assert sum(batch["plan"].lengths) == tokens
+
+
+def test_positions_and_predictors_of_a_pair_by_hand() -> None:
+    batch = pack_preference([{"prompt_ids": [5, 6], "chosen_ids": [7, 8], "rejected_ids": [9]}])
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 2]]
+    assert batch["predictors"].tolist() == [1, 2, 1]  # 7 from 6, 8 from 7, 9 from 6
+    assert batch["targets"].tolist() == [7, 8, 9]
+    assert batch["owners"].tolist() == [0, 0, 1]
+    assert batch["plan"] == PackingPlan((4, 1), (-1, 0), (0, 2))
+    assert batch["plan"].key_indices().tolist() == [0, 1, 2, 3, 0, 1, 4]
+    assert batch["plan"].key_lengths == (4, 3)
+
+
+@pytest.mark.parametrize("changed", range(4))
+def test_rows_do_not_see_each_other(changed: int) -> None:
+    model, rows = make_model("gpt_neox"), make_rows()
+    before = response_logps(model, pack_preference(rows)).sums()
+    other = make_rows(seed=1)[changed]
+    rows[changed] = other
+    after = response_logps(model, pack_preference(rows)).sums()
+    touched = torch.zeros(2, 4, dtype=torch.bool)
+    touched[:, changed] = True
+    assert torch.equal(before[~touched.flatten()], after[~touched.flatten()])
+    assert (before - after)[touched.flatten()].abs().min() > 1e-3
+
+
+def test_the_rejected_response_does_not_see_the_chosen_one() -> None:
+    model, rows = make_model(), make_rows()
+    before = response_logps(model, pack_preference(rows)).sums().chunk(2)
+    for row in rows:
+        row["chosen_ids"] = [1 + token % (VOCABULARY - 1) for token in row["chosen_ids"]]
+    after = response_logps(model, pack_preference(rows)).sums().chunk(2)
+    assert torch.equal(before[1], after[1])
+    assert (before[0] - after[0]).abs().min() > 1e-3
+
+
+@pytest.mark.parametrize("objective", [SFTObjective, DPOObjective])
+def test_objectives_have_one_value_packed_or_padded(objective: Any) -> None:
+    model, rows = make_model(), make_rows()
+    values = []
+    for packing in (True, False):
+        chosen = objective(packing=packing)
+        terms = chosen(model, chosen.collate(rows, 0))
+        values.append([terms.total, *(total for total, _ in terms.sums.values())])
+    torch.testing.assert_close(*values, rtol=FLOAT32, atol=FLOAT32)
+
+
+def test_logits_exist_only_chunk_by_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows_at_once = 5
+    monkeypatch.setattr(forward, "LOGITS_BYTES", rows_at_once * 4 * VOCABULARY)
+    model, sizes = make_model(), []
+    linear = F.linear
+
+    def spy(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if weight.shape[0] == VOCABULARY:
+            sizes.append(x.numel() // x.shape[-1])
+        return linear(x, weight, bias)
+
+    monkeypatch.setattr(F, "linear", spy)
+    batch = pack_preference(make_rows())
+    value_and_gradient(model, batch)
+    # Once in the forward and once more for the backward, on response tokens only.
+    assert sum(sizes) == 2 * len(batch["targets"])
+    assert max(sizes) == rows_at_once
+
+
+def test_bfloat16_logits_are_scored_in_float32() -> None:
+    model = make_model().to(torch.bfloat16)
+    logps = response_logps(model, pack_sft(make_rows()))
+    assert logps.values.dtype == torch.float32
+
+
+# --- the switch
+
+
+def test_the_model_is_itself_again_afterwards() -> None:
+    model = make_model()
+    before = model.config._attn_implementation
+    with packed_attention(model):
+        with packed_attention(model):
+            assert model.config._attn_implementation == PACKED
+        assert model.config._attn_implementation == PACKED
+        with pytest.raises(NotImplementedError, match="packed batches only"):
+            model(input_ids=torch.ones(1, 3, dtype=torch.long))
+    assert model.config._attn_implementation == before
+    with pytest.raises(ZeroDivisionError), packed_attention(model):
+        raise ZeroDivisionError
+    assert model.config._attn_implementation == before
+    head = model.get_output_embeddings()
+    assert "forward" not in vars(head)
+
+
+def test_attention_that_is_not_computed_is_refused() -> None:
+    model: Any = AutoModelForCausalLM.from_config(Gemma2Config(**_GROUPED, head_dim=8))
+    with pytest.raises(NotImplementedError, match="softcap"):
+        response_logps(model, pack_sft(make_rows()))
+
+
+# --- variable-length attention: its layout, with a slow kernel in its place
+
+
+def slow_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_starts: Tensor,
+    key_starts: Tensor,
+    longest_query: int,
+    longest_key: int,
+    *,
+    scale: float,
+    window: tuple[int, int],
+    grouped: bool,
+) -> Tensor:
+    """What the CUDA kernel computes: causal, aligned to the end of the keys, by definition."""
+    outputs = []
+    bounds = zip(query_starts.tolist(), key_starts.tolist(), strict=True)
+    for (q0, k0), (q1, k1) in pairwise(bounds):
+        assert q1 - q0 <= longest_query
+        assert k1 - k0 <= longest_key
+        q, k, v = query[q0:q1], key[k0:k1], value[k0:k1]
+        if grouped:
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", q, k) * scale
+        distance = torch.arange(len(q))[:, None] + (len(k) - len(q)) - torch.arange(len(k))
+        hidden = distance < window[1]
+        if window[0] >= 0:
+            hidden |= distance > window[0]
+        weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+        outputs.append(torch.einsum("hqk,khd->qhd", weights, v))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("key_heads", [4, 2])
+@pytest.mark.parametrize("pack", [pack_preference, pack_sft])
+def test_one_variable_length_call_equals_one_call_per_block(
+    pack: Callable[..., Any], key_heads: int, window: int | None
+) -> None:
+    plan = pack(make_rows())["plan"]
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(1, heads, sum(plan.lengths), 8, generator=generator, dtype=torch.float64)
+        for heads in (4, key_heads, key_heads)
+    )
+    at_once = attention._all_blocks(slow_varlen, query, key, value, plan, 0.3, window)
+    in_turn = attention._block_by_block(query, key, value, plan, 0.3, 0.0, window)
+    torch.testing.assert_close(at_once, in_turn, rtol=1e-12, atol=1e-12)
+
+
+def _up_to_2_10(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, *, scale=None): ...
+def _since_2_11(
+    q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False
+): ...
+
+
+@pytest.mark.parametrize(
+    ("signature", "expected"),
+    [
+        (_up_to_2_10, {"scale": 0.5, "is_causal": True}),
+        (_since_2_11, {"scale": 0.5, "window_size": (-1, 0), "enable_gqa": True}),
+    ],
+)
+def test_every_signature_of_torch_is_called_as_it_wants(
+    signature: Any, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def record(*args: Any, **options: Any) -> Tensor:
+        calls.append((args, options))
+        return args[0]
+
+    record.__wrapped__ = signature  # type: ignore[attr-defined]
+    module = types.ModuleType("torch.nn.attention.varlen")
+    module.varlen_attn = record  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", module)
+    varlen_attention.cache_clear()
+    try:
+        call = varlen_attention()
+        assert call is not None
+        starts = torch.tensor([0, 3])
+        query, key = torch.zeros(3, 4, 2), torch.zeros(3, 2, 2)
+        call(query, key, key, starts, starts, 3, 3, scale=0.5, window=(-1, 0), grouped=True)
+    finally:
+        varlen_attention.cache_clear()
+    ((args, options),) = calls
+    assert options == expected
+    # Without enable_gqa the key heads are repeated by hand.
+    assert args[1].shape[1] == (2 if "enable_gqa" in expected else 4)
