@@ -7,6 +7,7 @@ another number of ranks with the same global batch, continues with the same rows
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -19,7 +20,11 @@ ORDER_STREAMS = {Task.DPO: Stream.DPO_ORDER, Task.SFT: Stream.SFT_ORDER}
 
 
 class SampleStream:
-    """Row numbers of the micro-batches of one objective, on one of `world_size` ranks."""
+    """Row numbers of the micro-batches of one objective, on one of `world_size` ranks.
+
+    A micro-batch holds `batch_size` rows or, with `max_tokens`, as many of the next rows as fit
+    into that many tokens (at least one); `lengths` are then the tokens of each row.
+    """
 
     def __init__(
         self,
@@ -30,28 +35,56 @@ class SampleStream:
         *,
         rank: int = 0,
         world_size: int = 1,
+        max_tokens: int | None = None,
+        lengths: Sequence[int] = (),
     ) -> None:
         if num_rows < 1 or batch_size < 1:
             raise ValueError(f"{task.label}: {num_rows} rows in batches of {batch_size}")
+        if max_tokens is not None and (max_tokens < 1 or len(lengths) != num_rows):
+            raise ValueError(f"{task.label}: {max_tokens} tokens for {len(lengths)} lengths")
         self.task, self.num_rows, self.batch_size, self.seed = task, num_rows, batch_size, seed
         self.rank, self.world_size = rank, world_size
+        self.max_tokens, self.lengths = max_tokens, lengths
         self.consumed = 0
 
     def peek(self, micro_batches: int) -> list[list[int]]:
         """Row numbers of the next step's micro-batches on this rank, without consuming them.
 
-        Micro-batch m of rank r takes positions consumed + (m * world_size + r) * batch_size on:
-        the rows of a step depend on the global batch only, not on how ranks share it.
+        Micro-batch m of rank r is batch m * world_size + r of those that follow `consumed`: the
+        rows of a step depend on the global batch only, not on how ranks share it.
         """
-        starts = [
-            self.consumed + (m * self.world_size + self.rank) * self.batch_size
-            for m in range(micro_batches)
-        ]
-        return [[self._row(start + i) for i in range(self.batch_size)] for start in starts]
+        return self._step(micro_batches)[self.rank :: self.world_size]
 
     def advance(self, micro_batches: int) -> None:
         """Consume one step of `micro_batches` micro-batches on every rank."""
-        self.consumed += micro_batches * self.world_size * self.batch_size
+        self.consumed += sum(map(len, self._step(micro_batches)))
+
+    def batches_per_pass(self) -> int:
+        """Micro-batches, over all ranks, that one pass over the data fills."""
+        if self.max_tokens is None:
+            return -(-self.num_rows // self.batch_size)
+        position = batches = 0
+        while position < self.num_rows:
+            position += len(self._batch_at(position))
+            batches += 1
+        return batches
+
+    def _step(self, micro_batches: int) -> list[list[int]]:
+        """The batches of all ranks, in turn."""
+        position, batches = self.consumed, []
+        for _ in range(micro_batches * self.world_size):
+            batches.append(self._batch_at(position))
+            position += len(batches[-1])
+        return batches
+
+    def _batch_at(self, position: int) -> list[int]:
+        if self.max_tokens is None:
+            return [self._row(position + i) for i in range(self.batch_size)]
+        rows = [self._row(position)]
+        tokens = self.lengths[rows[0]]
+        while (tokens := tokens + self.lengths[self._row(position + len(rows))]) <= self.max_tokens:
+            rows.append(self._row(position + len(rows)))
+        return rows
 
     def _row(self, position: int) -> int:
         number, offset = divmod(position, self.num_rows)

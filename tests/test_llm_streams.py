@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -130,3 +131,62 @@ def test_micro_batches_of_a_step_follow_each_other() -> None:
 def test_an_empty_stream_is_refused(num_rows: int, batch_size: int) -> None:
     with pytest.raises(ValueError, match=f"sft: {num_rows} rows in batches of {batch_size}"):
         SampleStream(Task.SFT, num_rows, batch_size, seed=0)
+
+
+# --- a budget of tokens instead of a number of rows
+
+
+def budgeted(lengths: list[int], max_tokens: int, **options: int) -> SampleStream:
+    return SampleStream(
+        Task.SFT, len(lengths), 1, seed=3, max_tokens=max_tokens, lengths=lengths, **options
+    )
+
+
+row_lengths = st.lists(st.integers(1, 12), min_size=2, max_size=25)
+
+
+@few
+@given(row_lengths, st.integers(1, 30))
+def test_batches_fill_their_budget_and_no_more(lengths: list[int], max_tokens: int) -> None:
+    stream = budgeted(lengths, max_tokens)
+    batches = [batch for step in take(stream, 30) for batch in step]
+    for batch, following in pairwise(batches):
+        tokens = sum(lengths[row] for row in batch)
+        assert tokens <= max_tokens or len(batch) == 1
+        assert tokens + lengths[following[0]] > max_tokens  # the next row had no room left
+
+
+@few
+@given(row_lengths, st.integers(1, 30), st.integers(1, 3), st.integers(1, 3))
+def test_a_budget_keeps_the_order_of_the_rows_on_any_number_of_ranks(
+    lengths: list[int], max_tokens: int, world_size: int, micro_batches: int
+) -> None:
+    ranks = [
+        budgeted(lengths, max_tokens, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
+    by_rank = [take(stream, 4, micro_batches) for stream in ranks]
+    rows = [
+        row
+        for step in range(4)
+        for micro_batch in range(micro_batches)
+        for rank in range(world_size)
+        for row in by_rank[rank][step][micro_batch]
+    ]
+    plain = SampleStream(Task.SFT, len(lengths), 1, seed=3)
+    assert rows == rows_in_order(plain, len(rows))
+    assert {stream.consumed for stream in ranks} == {len(rows)}
+
+
+@few
+@given(row_lengths, st.integers(1, 30))
+def test_batches_per_pass_cover_the_data_once(lengths: list[int], max_tokens: int) -> None:
+    stream = budgeted(lengths, max_tokens)
+    count = stream.batches_per_pass()
+    sizes = [len(batch) for step in take(stream, count) for batch in step]
+    assert sum(sizes[:-1]) < len(lengths) <= sum(sizes)
+
+
+def test_a_budget_without_the_lengths_of_the_rows_is_refused() -> None:
+    with pytest.raises(ValueError, match="10 tokens for 0 lengths"):
+        SampleStream(Task.SFT, 4, 1, seed=0, max_tokens=10)
