@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -32,6 +33,47 @@ class SafeCheckpoints(Trainer):
     """A Trainer whose checkpoints are whole or absent, and whose heads come back."""
 
     _staging: Path | None = None
+    _resumed_from: str | None = None
+    _generators_from: str | None = None
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """transformers' `train`; `True` resumes from the newest checkpoint that is intact.
+
+        Raises UserError on every rank if the checkpoint is damaged or belongs to another run.
+        """
+        found: list[Any] = [None, None]
+        if self.is_world_process_zero():  # the only rank that is sure to hold every weight
+            try:
+                found[0] = self._checkpoint_to_resume(resume_from_checkpoint)
+            except UserError as error:
+                found[1] = str(error)
+        if self.args.world_size > 1:
+            broadcast_object_list(found)
+        if found[1] is not None:
+            raise UserError(found[1])
+        self._resumed_from, self._generators_from = found[0], None
+        return super().train(found[0], *args, **kwargs)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        # Once: Trainer restores the generators after it has drawn the first batch, and a probe
+        # that belongs to that batch has used them by then.
+        if checkpoint != self._generators_from:
+            super()._load_rng_state(checkpoint)
+            self._generators_from = checkpoint
+
+    def _checkpoint_to_resume(self, wanted: str | bool | None) -> str | None:
+        checkpoint = None
+        if wanted is True:
+            checkpoint = newest_intact(Path(str(self.args.output_dir)), print)
+        elif wanted:
+            checkpoint = Path(str(wanted))
+        self._check_resume(checkpoint)
+        return None if checkpoint is None else str(checkpoint)
+
+    def _check_resume(self, checkpoint: Path | None) -> None:
+        """Called before anything is loaded or sharded; raises UserError to refuse."""
 
     def _get_output_dir(self, trial: Any) -> str:
         # Trainer saves below this folder; while it does, that is the staging folder.
@@ -58,6 +100,14 @@ class SafeCheckpoints(Trainer):
             publish(staged, output_dir)
             rotate(output_dir, self.args.save_total_limit, [Path(best)] if best else [])
         self.accelerator.wait_for_everyone()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        if not _internal_call and self.is_fsdp_enabled:
+            plugin = self.accelerator.state.fsdp_plugin
+            if "FULL_STATE_DICT" not in str(plugin.state_dict_type):
+                # Trainer has written nothing: it leaves the weights to the sharded checkpoints.
+                self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: torch.nn.Module | None = None

@@ -8,6 +8,7 @@ a --config file, that the chosen algorithm, loss or data does not use is refused
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,96 +18,24 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
+from llm.arguments import DataArguments, ModelArguments
+from llm.clipping import CLIPPING
+from llm.flag_checks import check_batch_flags, check_data_flags, check_model_flags
 from llm.losses import check_preference_options
+from llm.values import DEFAULT_ROWS, SOURCES, check_value_options
 from theory.cli import OneLineParser, UserError
 from theory.schedulers import ORDERS, REGISTRY, make_scheduler, scheduler_options
 from theory.tasks import Task
 
 TINY_RECIPE = Path(__file__).parent / "recipes" / "tiny.yaml"
 PROG = "python -m llm.run"
-DTYPES = ("float32", "bfloat16", "float16", "auto")
 SCHEDULE_FLAGS = {"lam": "lam", "refresh_every": "refresh_every", "scale_steps": "scale_steps"}
 SCHEDULE_FLAGS |= {"order": "order", "split": "first_steps", "optima": "optimum"}
 SCHEDULE_FLAGS |= {"dpo_probability": "dpo_probability", "cycle": "cycle", "value_ema": "value_ema"}
+SCHEDULE_FLAGS |= {"value_source": "value_ema", "value_rows": "value_ema"}
 """Flag of the command line -> option of the schedulers that use it."""
-LORA_FLAGS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
-MODEL_FLAGS = (
-    *("model_revision", "dtype", "attn_implementation", "trust_remote_code"),
-    *("use_peft", "held_out"),
-)
-"""Flags that say how to load a model and data of one's own."""
-PREFERENCE_FLAGS = ("reference", "beta", "loss_type", "label_smoothing")
 UNSUPPORTED_FLAGS = ("label_smoothing_factor", "auto_find_batch_size")
 """Flags of TrainingArguments that this trainer would not obey."""
-
-
-@dataclass
-class ModelArguments:
-    """Which model to train, and the reference of DPO."""
-
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Hub id or directory. Default: the embedded tiny model."}
-    )
-    model_revision: str = field(default="main", metadata={"help": "Revision on the hub."})
-    dtype: str = field(
-        default="float32",
-        metadata={"help": f"Type of the weights: {', '.join(DTYPES)}.", "choices": list(DTYPES)},
-    )
-    attn_implementation: str | None = field(
-        default=None, metadata={"help": "Attention of transformers: eager, sdpa, ..."}
-    )
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code from the hub."})
-    reference: str = field(
-        default="initial",
-        metadata={"help": "Reference of DPO: 'initial' (the policy before training) or a model."},
-    )
-    use_peft: bool = field(default=False, metadata={"help": "Train LoRA adapters only."})
-    lora_r: int = field(default=16, metadata={"help": "LoRA: rank."})
-    lora_alpha: int = field(default=32, metadata={"help": "LoRA: scale, as alpha / r."})
-    lora_dropout: float = field(default=0.05, metadata={"help": "LoRA: dropout."})
-    lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "LoRA: which modules. Default: peft's for the model."}
-    )
-
-
-@dataclass
-class DataArguments:
-    """Which rows to train and evaluate on: local JSONL, JSON, Parquet or CSV files, or hub ids."""
-
-    sft_dataset: str | None = field(default=None, metadata={"help": "Demonstrations."})
-    dpo_dataset: str | None = field(default=None, metadata={"help": "Preferences."})
-    sft_eval_dataset: str | None = field(default=None, metadata={"help": "Held-out rows."})
-    dpo_eval_dataset: str | None = field(default=None, metadata={"help": "Held-out pairs."})
-    held_out: float = field(
-        default=0.05,
-        metadata={"help": "Share of the rows to hold out where no evaluation set is named."},
-    )
-    max_train_rows: int | None = field(
-        default=None, metadata={"help": "Read at most this many rows of each training set."}
-    )
-    sft_max_train_rows: int | None = field(default=None, metadata={"help": "The same, SFT only."})
-    dpo_max_train_rows: int | None = field(default=None, metadata={"help": "The same, DPO only."})
-    max_eval_rows: int | None = field(
-        default=None, metadata={"help": "Read at most this many rows of each evaluation set."}
-    )
-    max_length: int | None = field(
-        default=None, metadata={"help": "Tokens per sequence; default min(positions, 1024)."}
-    )
-    sft_max_length: int | None = field(default=None, metadata={"help": "max_length of SFT."})
-    dpo_max_length: int | None = field(default=None, metadata={"help": "max_length of DPO."})
-    truncation_mode: str = field(
-        default="keep_end",
-        metadata={
-            "help": "Cut the start of the prompt (keep_end) or the end of the whole (keep_start).",
-            "choices": ["keep_end", "keep_start"],
-        },
-    )
-    conflict: float = field(
-        default=1.0,
-        metadata={
-            "help": "Embedded corpus: how far preferences contradict demonstrations, 0 to 1."
-        },
-    )
 
 
 @dataclass
@@ -136,6 +65,20 @@ class JointArguments(TrainingArguments):
     value_ema: float | None = field(
         default=None, metadata={"help": "maxright: weight of a new loss against the old one. [1]"}
     )
+    value_source: str | None = field(
+        default=None,
+        metadata={
+            "help": f"maxright: {' or '.join(SOURCES)}. Losses of the batches of the next "
+            "steps, or of rows set aside from the training sets, the same at every probe. [train]"
+        },
+    )
+    value_rows: int | None = field(
+        default=None,
+        metadata={
+            "help": "maxright: rows of each set that --value_source held_out takes. "
+            f"[{DEFAULT_ROWS}]"
+        },
+    )
     dpo_probability: float | None = field(
         default=None, metadata={"help": "importance: how often to draw DPO, in (0, 1). [0.5]"}
     )
@@ -157,14 +100,52 @@ class JointArguments(TrainingArguments):
     label_smoothing: float = field(
         default=0.0, metadata={"help": "Assumed share of flipped preferences (sigmoid, robust)."}
     )
+    clipping: str = field(
+        default="global",
+        metadata={
+            "help": "How --max_grad_norm acts: global (all steps by one factor, so that lam keeps "
+            "its meaning) or per_step (each by itself, as the paper's code does).",
+            "choices": list(CLIPPING),
+        },
+    )
+    kl_rows: int = field(
+        default=64,
+        metadata={"help": "Samples of the reference on which KL(reference || policy) is measured."},
+    )
     sft_per_device_train_batch_size: int | None = field(
         default=None, metadata={"help": "Rows per device and micro-batch of SFT."}
     )
     dpo_per_device_train_batch_size: int | None = field(
         default=None, metadata={"help": "Pairs per device and micro-batch of DPO."}
     )
+    packing: bool = field(
+        default=True,
+        metadata={
+            "help": "Batches without padding, each prompt once; no sample sees another. A model "
+            "that cannot take them gets padded ones."
+        },
+    )
+    max_tokens_per_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Fill a micro-batch with as many rows as fit into this many tokens, instead of "
+            "a number of rows. Needs packing."
+        },
+    )
+    precompute_ref_log_probs: bool = field(
+        default=True,
+        metadata={"help": "Compute the reference's log-probabilities once, before training."},
+    )
+    reference_cache: str | None = field(
+        default=None,
+        metadata={"help": "Where to keep them, e.g. shared by runs. [OUTPUT_DIR/reference]"},
+    )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Replace the results of another run in output_dir."}
+    )
+    force_resume: bool = field(
+        default=False,
+        metadata={"help": "Resume although the checkpoint belongs to a run with other settings."},
     )
     # A loss that is not a number must be seen, not averaged away (and the filter costs a sync).
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN losses."})
@@ -289,28 +270,43 @@ def _check(config: RunConfig, explicit: set[str]) -> None:
             raise UserError(f"--{name} is {value}; it must lie in [0, 1]")
     # The scheduler checks its own options; the optimum is known only later.
     make_scheduler(training.algo, **schedule_options(training, 1, optimum=(0.0, 0.0)))
+    if training.force_resume and not training.resume_from_checkpoint:
+        raise UserError("--force_resume is not used without --resume_from_checkpoint")
+    if "clipping" in explicit and not training.max_grad_norm:
+        raise UserError("--clipping is not used with --max_grad_norm 0")
+    check_value_options(training.value_source, training.value_rows)
+    if training.kl_rows < 0:
+        raise UserError(f"--kl_rows is {training.kl_rows}; it must not be negative")
+    _check_launch(training)
     for name in UNSUPPORTED_FLAGS:
         if getattr(training, name):
             raise UserError(f"--{name} is not supported by this trainer")
     if training.load_best_model_at_end or training.save_strategy == SaveStrategy.BEST:
         _check_best_metric(training)
-    if not 0.0 < config.data.held_out < 1.0:
-        raise UserError(f"--held_out is {config.data.held_out}; it must lie in (0, 1)")
-    for task in Task:
-        if training.batch_size(task) < 1:
-            raise UserError(f"the batch size of {task.label} must be at least 1")
-    unused = [f"--{name}" for name in LORA_FLAGS if name in explicit and not config.model.use_peft]
-    if unused:
-        raise UserError(f"{', '.join(unused)} is not used without --use_peft true")
-    if config.model.lora_r < 1 or not 0.0 <= config.model.lora_dropout < 1.0:
-        raise UserError("--lora_r must be at least 1 and --lora_dropout lie in [0, 1)")
-    rows = [f"{prefix}max_train_rows" for prefix in ("", "sft_", "dpo_")]
-    for name in (*rows, "max_eval_rows"):
-        limit = getattr(config.data, name)
-        if limit is not None and limit < 1:
-            raise UserError(f"--{name} is {limit}; it must be at least 1")
+    check_batch_flags(config, explicit)
     check_preference_options(training.loss_type, training.beta, training.label_smoothing)
-    _check_data_flags(config, explicit)
+    if not training.precompute_ref_log_probs:
+        raise UserError(
+            "--precompute_ref_log_probs false: the reference is not held in memory while training; "
+            "its log-probabilities are computed once and cached"
+        )
+    check_data_flags(config, explicit)
+    check_model_flags(config, explicit)
+
+
+def _check_launch(training: JointArguments) -> None:
+    """What `accelerate launch` may ask for and every rank's reference computation forbids."""
+    if training.mixed_precision != "no" and not (training.bf16 or training.fp16):
+        raise UserError(
+            f"the launcher asks for mixed_precision {training.mixed_precision}: pass "
+            f"--{training.mixed_precision} true, so that the reference has the same precision"
+        )
+    flags = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")
+    if all(os.environ.get(flag, "false").lower() in ("true", "1") for flag in flags):
+        raise UserError(
+            "fsdp_cpu_ram_efficient_loading leaves the weights on one rank, and every rank "
+            "computes the reference before sharding: set it to false"
+        )
 
 
 def _check_best_metric(training: JointArguments) -> None:
@@ -320,45 +316,6 @@ def _check_best_metric(training: JointArguments) -> None:
             "the best model needs --metric_for_best_model dpo_loss, sft_loss or another metric of "
             f"one objective; it is {training.metric_for_best_model}"
         )
-
-
-def _check_data_flags(config: RunConfig, explicit: set[str]) -> None:
-    data = config.data
-    if config.embedded:
-        given = [name for name in (*_dataset_flags(), *MODEL_FLAGS) if name in explicit]
-        if given:
-            flags = ", ".join(f"--{name}" for name in given)
-            raise UserError(f"{flags}: this needs a model of your own, --model_name_or_path")
-        return
-    if "conflict" in explicit:
-        raise UserError("--conflict belongs to the embedded corpus; drop it or the model's name")
-    for task in config.tasks:
-        if getattr(data, f"{task.label}_dataset") is None:
-            raise UserError(
-                f"--algo {config.training.algo} trains on {task.label}: give --{task.label}_dataset"
-            )
-    for task in Task:
-        if getattr(data, f"{task.label}_dataset") is None:
-            _check_unused(task, explicit)
-        elif getattr(data, f"{task.label}_dataset") == getattr(data, f"{task.label}_eval_dataset"):
-            raise UserError(f"--{task.label}_eval_dataset holds the rows that are trained on")
-    for name in _dataset_flags():
-        source = getattr(data, name)
-        if source is not None and Path(source).suffix and not Path(source).exists():
-            raise UserError(f"--{name} {source} does not exist")
-
-
-def _check_unused(task: Task, explicit: set[str]) -> None:
-    """Without data of `task`, nothing reads the flags that belong to it."""
-    own = {name for name in explicit if name.startswith(f"{task.label}_")} - {"dpo_probability"}
-    own |= explicit & set(PREFERENCE_FLAGS) if task == Task.DPO else set()
-    if own:
-        flags = ", ".join(f"--{name}" for name in sorted(own))
-        raise UserError(f"{flags} is not used without --{task.label}_dataset")
-
-
-def _dataset_flags() -> list[str]:
-    return [f"{task.label}{part}_dataset" for task in Task for part in ("", "_eval")]
 
 
 def schedule_options(training: JointArguments, num_steps: int, **extra: Any) -> dict[str, Any]:

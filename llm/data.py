@@ -11,6 +11,7 @@ Every row is kept or dropped for a counted reason; nothing is trained on silentl
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -39,7 +40,7 @@ from llm.formats import (
 )
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 REFUSED_BY_TEMPLATE = "refused by the chat template"
 NO_RESPONSE_LEFT = "no response token left by truncation"
@@ -49,7 +50,6 @@ TEMPLATE_NOT_PREFIX = "chat template: prompt is not a prefix"
 TOKENS_MERGE = "tokens merge across the end of the prompt"
 
 TRUNCATION_MODES = ("keep_end", "keep_start")
-DEFAULT_MAX_LENGTH = 1024
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,12 @@ class DropReport:
 @dataclass(frozen=True)
 class Encoded:
     """Token ids of one data set: `prompt_ids` and `completion_ids` (SFT) or `chosen_ids` and
-    `rejected_ids` (preference) in every row, never empty, never beyond the maximum length."""
+    `rejected_ids` (preference) in every row, never empty, never beyond the maximum length.
 
-    rows: list[dict[str, list[int]]]
+    The ids of a text are an `array("i")`: a sequence of ints in 4 bytes each, where a list of
+    Python's integers takes up to 36."""
+
+    rows: list[dict[str, Any]]
     name: str
     report: DropReport
 
@@ -110,7 +113,7 @@ def encode_sft(
     Args:
         rows: a `datasets.Dataset` or a list of dicts.
         tokenizer: of transformers; it needs an EOS token.
-        max_length: tokens of prompt and response together, at least 2 (`check_max_length`).
+        max_length: tokens of prompt and response together, at least 2 (`llm.checks`).
         truncation_mode: "keep_end" or "keep_start".
         name: of the data set, for messages.
 
@@ -183,7 +186,7 @@ class _RowEncoder:
     name: str
     total: int = 0
     truncated: int = 0
-    kept: list[dict[str, list[int]]] = field(default_factory=list)
+    kept: list[dict[str, array[int]]] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)
     notes: Counter[str] = field(default_factory=Counter)
 
@@ -265,7 +268,7 @@ class _RowEncoder:
         if length < len(prompt):
             self.notes[TEMPLATE_NOT_PREFIX if is_chat else TOKENS_MERGE] += 1
         keys = ("prompt_ids", *(f"{key}_ids" for key in self.kind.responses))
-        self.kept.append(dict(zip(keys, kept, strict=True)))
+        self.kept.append(dict(zip(keys, (array("i", ids) for ids in kept), strict=True)))
 
     def _truncate(self, prompt: list[int], responses: list[list[int]]) -> list[list[int]]:
         cut = _keep_end if self.truncation_mode == "keep_end" else _keep_start
@@ -307,32 +310,6 @@ def _keep_start(
     return [prompt[:max_length], *(response[:room] for response in responses)]
 
 
-def check_max_length(
-    max_length: int | None, model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
-) -> int:
-    """The maximum length in tokens to use with a model.
-
-    Args:
-        max_length: as the user gave it; None means min(positions of the model, 1024).
-        model_config: its `max_position_embeddings` is the number of positions; where it has none
-            (no absolute limit), the tokenizer's `model_max_length` counts if it is a real number.
-        tokenizer: see above.
-
-    Raises:
-        DataError: below 2, or beyond the positions.
-    """
-    positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    if positions is None and tokenizer.model_max_length < 10**9:  # transformers' "unknown": 10^30
-        positions = int(tokenizer.model_max_length)
-    if max_length is None:
-        return DEFAULT_MAX_LENGTH if positions is None else min(positions, DEFAULT_MAX_LENGTH)
-    if max_length < 2:
-        raise DataError(f"max_length is {max_length}; prompt and response need at least 2 tokens")
-    if positions is not None and max_length > positions:
-        raise DataError(f"max_length is {max_length} but the model has only {positions} positions")
-    return max_length
-
-
 def fingerprint(encoded: Encoded) -> str:
     """sha256 (hex) over the token ids in order: equal data, equal digest, on every platform."""
     return fingerprint_rows(encoded.rows)
@@ -342,8 +319,12 @@ def fingerprint_rows(rows: Sequence[Mapping[str, Any]]) -> str:
     """`fingerprint` of encoded rows."""
     digest = hashlib.sha256()
     for row in rows:
-        for key in sorted(key for key in row if key.endswith("_ids")):
-            # The length separates neighbours; fixed width and byte order fix the platform.
-            digest.update(f"{key}:{len(row[key])};".encode())
-            digest.update(np.asarray(row[key], dtype="<i8").tobytes())
+        _add_row(digest, row)
     return digest.hexdigest()
+
+
+def _add_row(digest: hashlib._Hash, row: Mapping[str, Any]) -> None:
+    for key in sorted(key for key in row if key.endswith("_ids")):
+        # The length separates neighbours; fixed width and byte order fix the platform.
+        digest.update(f"{key}:{len(row[key])};".encode())
+        digest.update(np.asarray(row[key], dtype="<i4").tobytes())

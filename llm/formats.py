@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -49,7 +50,12 @@ class RowError(DataError):
 
 
 def load_rows(
-    source: str, *, split: str | None = None, limit: int | None = None
+    source: str,
+    *,
+    split: str | None = None,
+    config_name: str | None = None,
+    limit: int | None = None,
+    streaming: bool = False,
 ) -> datasets.Dataset:
     """Read a data set as it is, from disk or from the hub.
 
@@ -57,20 +63,41 @@ def load_rows(
         source: a .jsonl, .json, .parquet or .csv file, a directory of such files (split names in
             the file names count, as `datasets` defines them), or a hub id.
         split: default "train"; the slicing syntax of `datasets` works ("train[:100]").
+        config_name: which configuration of a data set that has several.
         limit: keep at most this many rows, from the start.
+        streaming: read these `limit` rows and nothing else (no slices of splits then).
 
     Raises:
-        DataError: missing or unreadable file, unknown suffix, unknown hub id or split.
+        DataError: missing or unreadable file, unknown suffix, unknown hub id, configuration or
+            split; streaming without a limit.
     """
     if limit is not None and limit < 1:
         raise DataError(f"limit is {limit}; it must be at least 1")
-    arguments = _load_arguments(source)
+    if streaming and limit is None:
+        raise DataError(f"{source}: streaming reads the first rows and needs to know how many")
+    arguments = _load_arguments(source) | ({"name": config_name} if config_name else {})
     try:
+        if streaming:
+            return _first_rows(arguments, split or "train", limit)
         rows = datasets.load_dataset(**arguments, split=split or "train")
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         cause = error.__cause__ or error
         raise DataError(f"cannot load {source!r}: {one_line(cause)}") from error
     return rows if limit is None else rows.select(range(min(limit, len(rows))))
+
+
+def _first_rows(arguments: dict[str, Any], split: str, limit: int | None) -> datasets.Dataset:
+    """The first rows of a stream, in memory; from here on nothing differs from a loaded set."""
+    stream = datasets.load_dataset(**arguments, split=split, streaming=True)
+    # `stream.take` would open the next file to find out that it needs nothing from it.
+    return datasets.Dataset.from_list(list(islice(stream, limit)), features=stream.features)
+
+
+def is_missing_file(source: str) -> bool:
+    """Whether `source` can only mean a local file, and there is none."""
+    path = Path(source).expanduser()
+    looks_local = path.suffix.lower() in _BUILDERS or not _HUB_ID.fullmatch(source)
+    return (looks_local or source.startswith(".")) and not path.exists()
 
 
 def _load_arguments(source: str) -> dict[str, Any]:
@@ -85,8 +112,7 @@ def _load_arguments(source: str) -> dict[str, Any]:
         if not any(file.suffix.lower() in _BUILDERS for file in path.rglob("*")):
             raise DataError(f"{source}: the directory holds no {', '.join(_BUILDERS)} file")
         return {"path": str(path)}
-    looks_local = path.suffix.lower() in _BUILDERS or not _HUB_ID.fullmatch(source)
-    if looks_local or source.startswith("."):
+    if is_missing_file(source):
         raise DataError(f"{source}: no such file or directory")
     return {"path": source}
 

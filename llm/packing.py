@@ -58,6 +58,11 @@ class PackingPlan:
         )
 
 
+def row_tokens(row: Row) -> int:
+    """Tokens of a row without padding, its prompt once."""
+    return sum(len(ids) for key, ids in row.items() if key.endswith("_ids"))
+
+
 def pack_sft(rows: Sequence[Row], pad_token_id: int = 0) -> dict[str, Any]:
     """SFT rows as one sequence of shape (1, T); nothing is padded.
 

@@ -3,21 +3,21 @@
     python -m llm.preview                                  # the embedded corpus
     python -m llm.preview --rows 2 --config my_run.yaml    # any flags of llm.run
 
-Nothing is trained and no weights are loaded.
+Nothing is trained and no weights are loaded. Data that `llm.run` would refuse, by
+`--max_dropped_share` and the like, are refused here too, after their rows are shown.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from transformers import AutoConfig
-
 from llm import embedded
-from llm.config import RunConfig, parse
+from llm.config import parse
 from llm.data import Encoded
-from llm.setup import encode_data, read_data
+from llm.models import load_config
+from llm.setup import check_data, encode_data, read_data
 from theory.cli import OneLineParser, positive_int, run_command
 
 PROG = "python -m llm.preview"
@@ -29,15 +29,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments, rest = own.parse_known_args(sys.argv[1:] if argv is None else argv)
     config = parse(rest)
     tokenizer, raw = read_data(config, print)
-    train, _ = encode_data(config, tokenizer, raw, _model_config(config, tokenizer), print)
-    for encoded in train.values():
+    model_config = (
+        embedded.build_model(tokenizer).config if config.embedded else load_config(config.model)
+    )
+    parts = encode_data(config, tokenizer, raw, model_config, print)
+    for encoded in parts[0].values():
         for number, row in enumerate(encoded.rows[: arguments.rows]):
             print("\n".join(("", *lines(encoded, number, row, tokenizer))))
+    check_data(config, parts)
 
 
-def lines(
-    encoded: Encoded, number: int, row: dict[str, list[int]], tokenizer: Any
-) -> Iterator[str]:
+def lines(encoded: Encoded, number: int, row: Mapping[str, Any], tokenizer: Any) -> Iterator[str]:
     """One block per sequence: position, id, text and a mark on the tokens that are trained on."""
     responses = [key for key in row if key.endswith("_ids") and key != "prompt_ids"]
     for key in responses:
@@ -48,18 +50,6 @@ def lines(
             trained = "trained" if position >= len(prompt) else ""
             text = repr(tokenizer.decode([token]))
             yield f"{position:>6}  {token:>7}  {text:<24}  {trained}".rstrip()
-
-
-def _model_config(config: RunConfig, tokenizer: Any) -> Any:
-    if config.embedded:
-        return embedded.build_model(tokenizer).config
-    arguments = config.model
-    name: Any = arguments.model_name_or_path
-    return AutoConfig.from_pretrained(
-        name,
-        revision=arguments.model_revision,
-        trust_remote_code=arguments.trust_remote_code,
-    )
 
 
 if __name__ == "__main__":

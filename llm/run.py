@@ -38,7 +38,10 @@ from theory.tasks import Task
 
 CONFIG_FILE, SUMMARY_FILE = "joint_config.json", "joint_summary.json"
 METRICS_FILE, SCHEDULE_FILE = "metrics.jsonl", "schedule.json"
-NOT_PART_OF_A_RUN = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint", "disable_tqdm"}
+NOT_PART_OF_A_RUN = {
+    *("output_dir", "overwrite_output_dir", "disable_tqdm"),
+    *("resume_from_checkpoint", "force_resume", "reference_cache"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -53,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     summary = summarise(setup, config, trainer, before, after, optimum)
     summary["seconds"]["total"] = time.perf_counter() - started
     if trainer.is_world_process_zero():
+        write_json(output_dir / CONFIG_FILE, _record(config))  # a resumed run may have changed it
         write_json(output_dir / SCHEDULE_FILE, trainer.state_to_json())
         write_text(output_dir / "README.md", model_card(config, summary))
         write_json(output_dir / SUMMARY_FILE, summary)
@@ -66,6 +70,16 @@ def train(
     setup: Setup, config: RunConfig, optimum: Optimum | None, say: Any
 ) -> tuple[JointTrainer, dict[str, float], dict[str, float]]:
     """Train and save; returns the trainer and the held-out values before and after."""
+    trainer = new_trainer(setup, config, optimum)
+    before = trainer.held_out()
+    trainer.train(resume_from_checkpoint=_checkpoint(config.training, say))
+    after = trainer.held_out()
+    trainer.save_model()
+    return trainer, before, after
+
+
+def new_trainer(setup: Setup, config: RunConfig, optimum: Optimum | None) -> JointTrainer:
+    """The trainer of a run as its flags describe it; it logs to metrics.jsonl."""
     num_steps = total_steps(setup, config)
     extra = {} if optimum is None else {"optimum": optimum}
     options = schedule_options(config.training, num_steps, **extra)
@@ -73,14 +87,9 @@ def train(
     arguments = replace(config.training, max_steps=num_steps)
     log = JsonLines(Path(config.output_dir) / METRICS_FILE)
     name = config.training.algo
-    trainer = make_trainer(
+    return make_trainer(
         setup, config, arguments, scheduler, config.tasks, callbacks=[log], description=name
     )
-    before = trainer.held_out()
-    trainer.train(resume_from_checkpoint=_checkpoint(arguments, say))
-    after = trainer.held_out()
-    trainer.save_model()
-    return trainer, before, after
 
 
 def summarise(
@@ -107,7 +116,12 @@ def summarise(
             for part in (setup.train, setup.held_out)
             for encoded in part.values()
         },
-        "seconds": {"training": trainer.state.log_history[-1].get("train_runtime")},
+        "clipping": trainer.clipping,
+        "value_rows": {task.label: len(rows) for task, rows in trainer.value_rows.items()},
+        "seconds": {
+            "training": trainer.state.log_history[-1].get("train_runtime"),
+            "phases": dict(trainer.clock.seconds),
+        },
     }
     for moment, values in (("before", before), ("after", after)):
         names = [f"{task.label}_loss" for task in Task]
@@ -162,7 +176,7 @@ def _claim(output_dir: Path, config: RunConfig) -> None:
     """Take the output directory, or refuse to overwrite the results of another run."""
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"--output_dir {output_dir} exists and is not a directory")
-    mine = json.loads(json.dumps(_identity(config), default=str))
+    mine = _record(config)
     record, done = output_dir / CONFIG_FILE, output_dir / SUMMARY_FILE
     if done.exists() and not config.training.overwrite_output_dir:
         theirs = read_json(record) if record.exists() else None
@@ -179,10 +193,13 @@ def _claim(output_dir: Path, config: RunConfig) -> None:
             write_json(record, mine)
 
 
-def _identity(config: RunConfig) -> dict[str, Any]:
+def _record(config: RunConfig) -> dict[str, Any]:
+    """What joint_config.json holds: every setting, as plain data."""
     training = config.training.to_dict()
     kept = {key: value for key, value in training.items() if key not in NOT_PART_OF_A_RUN}
-    return {"model": asdict(config.model), "data": asdict(config.data), "training": kept}
+    record = {"model": asdict(config.model), "data": asdict(config.data), "training": kept}
+    plain: dict[str, Any] = json.loads(json.dumps(record, default=str))
+    return plain
 
 
 def _checkpoint(arguments: TrainingArguments, say: Any) -> str | None:

@@ -9,28 +9,34 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
 from transformers import TrainingArguments, set_seed
 
 from llm import embedded
+from llm.checks import check_max_length, check_shares, with_leaks_noted
 from llm.config import RunConfig
-from llm.data import Encoded, check_max_length, encode_preference, encode_sft
-from llm.evaluate import evaluate_objective, with_reference_logps
+from llm.data import Encoded, encode_preference, encode_sft
 from llm.formats import load_rows
-from llm.models import load_model, load_tokenizer, with_adapters
+from llm.kl import ReferenceSamples, samples_of_run
+from llm.layout import takes_packed_batches
+from llm.models import load_policy, load_tokenizer, with_adapters
 from llm.objectives import DPOObjective, LanguageObjective, SFTObjective
-from llm.trainer import JointTrainer, steps_per_epoch
+from llm.reference import (
+    add_reference_logps,
+    check_reference,
+    check_start,
+    starts_at_reference,
+)
+from llm.streams import open_streams, steps_per_epoch
+from llm.trainer import JointTrainer
+from llm.values import split_values
 from theory.cli import UserError
 from theory.schedulers import Scheduler, make_scheduler
 from theory.tasks import Task
 
 ENCODERS = {Task.DPO: encode_preference, Task.SFT: encode_sft}
-LOG2_TOLERANCE = 1e-3
-"""At the reference itself the DPO loss is log 2; bfloat16 in other batch shapes differs by less."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,7 @@ class Setup:
     objectives: Mapping[Task, LanguageObjective]
     train: Mapping[Task, Encoded]
     held_out: Mapping[Task, Encoded]
+    reference_samples: ReferenceSamples | None = None
 
 
 Raw = dict[Task, tuple[Any, Any]]
@@ -51,26 +58,50 @@ Raw = dict[Task, tuple[Any, Any]]
 def prepare(config: RunConfig, say: Callable[[str], None] = print) -> Setup:
     """Load, tokenise, compute the reference's log-probabilities and check the starting point."""
     tokenizer, raw = read_data(config, say)
-    base = _embedded_policy(config, tokenizer) if config.embedded else _own_policy(config)
-    policy = base()
+    policies = _embedded_policies(config, tokenizer) if config.embedded else _own_policies(config)
+    policy = policies.first
+    check_reference(config, policy)
     train, held_out = encode_data(config, tokenizer, raw, policy.config, say)
-    training = config.training
+    check_data(config, (train, held_out))
+    training, pad = config.training, tokenizer.pad_token_id
+    packing = takes_packed_batches(config, policy, train, pad, say)
+    loss = (training.beta, training.loss_type, training.label_smoothing)
     objectives: dict[Task, LanguageObjective] = {
-        Task.DPO: DPOObjective(training.beta, training.loss_type, training.label_smoothing),
-        Task.SFT: SFTObjective(),
+        Task.DPO: DPOObjective(*loss, packing=packing),
+        Task.SFT: SFTObjective(packing=packing),
     }
+    samples = None
     if Task.DPO in raw:
-        _add_reference(config, policy, tokenizer, (train, held_out), say)
-    setup = Setup(
+        pairs = [part[Task.DPO] for part in (train, held_out)]
+        pairs = add_reference_logps(config, policy, pad, pairs, say, packing=packing)
+        train[Task.DPO], held_out[Task.DPO] = pairs
+        if starts_at_reference(config, policy):
+            check_start(config, policy, objectives[Task.DPO], pairs[0].rows, pad)
+        samples = samples_of_run(config, policy, tokenizer, pairs[1].rows, say, packing=packing)
+    return Setup(
         tokenizer,
-        lambda: with_adapters(base(), config.model),
+        lambda: with_adapters(policies(), config.model),
         {task: objectives[task] for task in raw},
         train,
         held_out,
+        samples,
     )
-    if Task.DPO in raw and config.model.reference == "initial":
-        _check_start(config, policy, setup)
-    return setup
+
+
+class _Policies:
+    """Fresh copies of the initial policy. The first one is what `prepare` looked at: a run that
+    trains one model loads it once."""
+
+    def __init__(self, load: Callable[[], Any]) -> None:
+        self._load, self._first = load, load()
+
+    @property
+    def first(self) -> Any:
+        return self._first
+
+    def __call__(self) -> Any:
+        policy, self._first = self._first, None
+        return self._load() if policy is None else policy
 
 
 def read_data(config: RunConfig, say: Callable[[str], None]) -> tuple[Any, Raw]:
@@ -100,7 +131,8 @@ def encode_data(
         length = check_max_length(config.max_length(task), model_config, tokenizer)
         for rows, part, into in zip(parts, ("train", "held-out"), (train, held_out), strict=True):
             name = f"{task.label} {part}"
-            into[task] = _encode(task, rows, tokenizer, length, config.data.truncation_mode, name)
+            encoded = _encode(task, rows, tokenizer, length, config.data.truncation_mode, name)
+            into[task] = with_leaks_noted(encoded, train[task]) if task in train else encoded
             say(into[task].report.line(name))
     return train, held_out
 
@@ -113,42 +145,70 @@ def _encode(
     )
 
 
+def check_data(config: RunConfig, parts: Sequence[Mapping[Task, Encoded]]) -> None:
+    """Refuse data of which more is dropped, truncated or leaked than the flags allow."""
+    data = config.data
+    for part in parts:
+        for encoded in part.values():
+            check_shares(
+                encoded,
+                max_dropped=data.max_dropped_share,
+                max_truncated=data.max_truncated_share,
+                max_leaked=data.max_leaked_share,
+            )
+
+
 def _own_rows(config: RunConfig, say: Callable[[str], None]) -> Raw:
     """The user's data. Both objectives are read if both are named."""
+    return {
+        task: _own_rows_of(config, task, say)
+        for task in Task
+        if getattr(config.data, f"{task.label}_dataset") is not None
+    }
+
+
+def _own_rows_of(config: RunConfig, task: Task, say: Callable[[str], None]) -> tuple[Any, Any]:
+    """Rows to train on, and the rows to hold out: named ones, or a random share of the others."""
     data = config.data
-    raw: Raw = {}
-    for task in Task:
-        source = getattr(data, f"{task.label}_dataset")
-        if source is None:
-            continue
-        rows = load_rows(source, limit=config.max_train_rows(task))
-        held_out_source = getattr(data, f"{task.label}_eval_dataset")
-        if held_out_source is not None:
-            held_out = load_rows(held_out_source, split=None, limit=data.max_eval_rows)
-        else:
-            parts = rows.train_test_split(test_size=data.held_out, seed=config.training.seed)
-            rows, held_out = parts["train"], parts["test"]
-            if data.max_eval_rows is not None:
-                held_out = held_out.select(range(min(data.max_eval_rows, len(held_out))))
-            say(f"{task.label}: no evaluation set named, {len(held_out)} rows held out")
-        raw[task] = (rows, held_out)
-    return raw
+    own: dict[str, Any] = {
+        name: getattr(data, f"{task.label}_{name}")
+        for name in ("dataset", "eval_dataset", "dataset_config", "train_split", "eval_split")
+    }
+
+    def read(source: str, split: str | None, limit: int | None) -> Any:
+        name = own["dataset_config"] if source == own["dataset"] else None
+        return load_rows(
+            source, split=split, config_name=name, limit=limit, streaming=data.streaming
+        )
+
+    rows = read(own["dataset"], own["train_split"], config.max_train_rows(task))
+    if own["eval_dataset"] or own["eval_split"]:
+        source = own["eval_dataset"] or own["dataset"]
+        return rows, read(source, own["eval_split"], data.max_eval_rows)
+    if len(rows) < 2:
+        raise UserError(f"{task.label}: {len(rows)} rows are too few to hold some of them out")
+    parts = rows.train_test_split(test_size=data.held_out, seed=config.training.seed)
+    held_out = parts["test"]
+    if data.max_eval_rows is not None:
+        held_out = held_out.select(range(min(data.max_eval_rows, len(held_out))))
+    say(f"{task.label}: no evaluation set named, {len(held_out)} rows held out")
+    return parts["train"], held_out
 
 
-def _own_policy(config: RunConfig) -> Callable[[], Any]:
-    return lambda: load_model(config.model)
+def _own_policies(config: RunConfig) -> _Policies:
+    return _Policies(lambda: load_policy(config.model))
 
 
 def _corpus(config: RunConfig) -> embedded.Corpus:
     return embedded.generate_corpus(config.data.conflict, seed=config.training.seed)
 
 
-def _embedded_policy(config: RunConfig, tokenizer: Any) -> Callable[[], Any]:
+def _embedded_policies(config: RunConfig, tokenizer: Any) -> _Policies:
     """The tiny model, trained on the neutral part of the corpus."""
     base = embedded.build_model(tokenizer, config.training.seed)
     _train_base(base, tokenizer, _corpus(config), config)
     base = base.cpu()
-    return lambda: copy.deepcopy(base)
+    return _Policies(lambda: copy.deepcopy(base))
 
 
 def _train_base(base: Any, tokenizer: Any, corpus: embedded.Corpus, config: RunConfig) -> None:
@@ -176,60 +236,6 @@ def _train_base(base: Any, tokenizer: Any, corpus: embedded.Corpus, config: RunC
     ).train()
 
 
-def _add_reference(
-    config: RunConfig,
-    policy: Any,
-    tokenizer: Any,
-    parts: tuple[dict[Task, Encoded], dict[Task, Encoded]],
-    say: Callable[[str], None],
-) -> None:
-    """Replace the preference rows by rows that carry the reference's log-probabilities."""
-    name = config.model.reference
-    reference: Any = policy if name == "initial" else load_model(config.model, name)
-    if name != "initial" and reference.config.vocab_size != policy.config.vocab_size:
-        raise UserError(f"--reference {name} has another vocabulary than the policy")
-    say(f"computing the reference's log-probabilities ({name})")
-    reference.to(device=config.training.device)
-    for part in parts:
-        with _precision(config.training):
-            rows = with_reference_logps(
-                reference,
-                part[Task.DPO].rows,
-                batch_size=config.training.per_device_eval_batch_size,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        part[Task.DPO] = replace(part[Task.DPO], rows=rows)
-
-
-def _precision(training: TrainingArguments) -> torch.autocast:
-    """The mixed precision of the training: a reference in another one is another model."""
-    return torch.autocast(
-        training.device.type,
-        dtype=torch.float16 if training.fp16 else torch.bfloat16,
-        enabled=training.fp16 or training.bf16,
-    )
-
-
-def _check_start(config: RunConfig, policy: Any, setup: Setup) -> None:
-    """The policy is its own reference here: every reward is 0 and the loss log 2 (sigmoid)."""
-    objective = setup.objectives[Task.DPO]
-    with _precision(config.training):
-        start = evaluate_objective(
-            policy,
-            objective,
-            setup.train[Task.DPO].rows[: 4 * config.training.per_device_eval_batch_size],
-            batch_size=config.training.per_device_eval_batch_size,
-            pad_token_id=setup.tokenizer.pad_token_id,
-        )
-    if abs(start["reward_margin"]) > LOG2_TOLERANCE:
-        raise UserError(
-            f"the policy starts with a mean reward margin of {start['reward_margin']:.2e} against "
-            "itself as the reference: is something in the model random in evaluation mode?"
-        )
-    if config.training.loss_type == "sigmoid" and abs(start["loss"] - np.log(2)) > LOG2_TOLERANCE:
-        raise UserError(f"the DPO loss starts at {start['loss']:.4f}, not at log 2 = 0.6931")
-
-
 def make_trainer(
     setup: Setup,
     config: RunConfig,
@@ -243,12 +249,17 @@ def make_trainer(
 ) -> JointTrainer:
     """A trainer for a fresh copy of the initial policy; it trains on `tasks`."""
     set_seed(arguments.seed)
+    rows, value_rows = split_values(
+        arguments, scheduler, {task: setup.train[task].rows for task in tasks}
+    )
     return JointTrainer(
         model=setup.new_policy(),
         args=arguments,
         scheduler=scheduler,
         objectives=setup.objectives,
-        train_rows={task: setup.train[task].rows for task in tasks},
+        train_rows=rows,
+        value_rows=value_rows,
+        reference_samples=setup.reference_samples if Task.DPO in evaluated else None,
         eval_rows={task: setup.held_out[task].rows for task in evaluated if task in setup.held_out},
         batch_sizes={task: config.training.batch_size(task) for task in tasks},
         processing_class=setup.tokenizer,
@@ -262,6 +273,6 @@ def total_steps(setup: Setup, config: RunConfig) -> int:
     training = config.training
     if training.max_steps > 0:
         return training.max_steps
-    sizes = {task: len(setup.train[task].rows) for task in config.tasks}
-    batches = {task: training.batch_size(task) for task in config.tasks}
-    return math.ceil(training.num_train_epochs * steps_per_epoch(sizes, batches, training))
+    rows = {task: setup.train[task].rows for task in config.tasks}
+    streams = open_streams(rows, {task: training.batch_size(task) for task in rows}, training)
+    return math.ceil(training.num_train_epochs * steps_per_epoch(streams, training))

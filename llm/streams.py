@@ -7,16 +7,47 @@ another number of ranks with the same global batch, continues with the same rows
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
+from transformers import TrainingArguments
 
+from llm.packing import Row, row_tokens
 from theory.randomness import Stream, generator
 from theory.tasks import Task
 
 ORDER_STREAMS = {Task.DPO: Stream.DPO_ORDER, Task.SFT: Stream.SFT_ORDER}
+
+
+def open_streams(
+    train_rows: Mapping[Task, Sequence[Row]],
+    batch_sizes: Mapping[Task, int],
+    args: TrainingArguments,
+) -> dict[Task, SampleStream]:
+    """A stream per objective for this rank, as the arguments of the run say."""
+    max_tokens = getattr(args, "max_tokens_per_batch", None)
+    return {
+        task: SampleStream(
+            task,
+            len(rows),
+            batch_sizes[task],
+            args.data_seed if args.data_seed is not None else args.seed,
+            rank=args.process_index,
+            world_size=args.world_size,
+            max_tokens=max_tokens,
+            lengths=() if max_tokens is None else [row_tokens(row) for row in rows],
+        )
+        for task, rows in train_rows.items()
+    }
+
+
+def steps_per_epoch(streams: Mapping[Task, SampleStream], args: TrainingArguments) -> int:
+    """Optimiser steps of one pass over the longer of the data sets (longer in steps)."""
+    per_step = args.gradient_accumulation_steps * args.world_size
+    return max(math.ceil(stream.batches_per_pass() / per_step) for stream in streams.values())
 
 
 class SampleStream:

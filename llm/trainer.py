@@ -12,42 +12,33 @@ response tokens and f_DPO over the pairs of the whole step (all micro-batches, a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from functools import cached_property
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
-from transformers import (
-    ProgressCallback,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import ProgressCallback, TrainerCallback, TrainingArguments
 
-from llm.callbacks import ProgressBar
-from llm.checkpoints import SafeCheckpoints
+from llm.attention import packed_attention
+from llm.callbacks import ProgressBar, StepEvents
 from llm.data import fingerprint_rows
-from llm.evaluate import evaluate_objective, held_out_summary
-from llm.learning_rate import staged_schedule
-from llm.objectives import LanguageObjective, Row
-from llm.streams import SampleStream
-from theory.cli import UserError
+from llm.identity import STATE_KEY, Identity, check_resume, run_identity
+from llm.kl import ReferenceSamples
+from llm.objectives import Batch, Row, Terms, move
+from llm.packing import row_tokens
+from llm.reporting import Objectives, ReportingTrainer, RowSets
+from llm.streams import open_streams, steps_per_epoch
+from llm.values import share_of_rank, summed_loss
 from theory.schedulers import Scheduler, ScheduleState
 from theory.tasks import Task
 
-STATE_KEY = "JointTrainer"
-"""Where the schedule and the streams stand in a checkpoint's trainer_state.json."""
 
-Objectives = Mapping[Task, LanguageObjective]
-RowSets = Mapping[Task, Sequence[Row]]
-
-
-class JointTrainer(SafeCheckpoints):
+class JointTrainer(ReportingTrainer):
     """Train one model on two objectives, each step on what `scheduler` says.
 
     Args:
@@ -58,6 +49,9 @@ class JointTrainer(SafeCheckpoints):
         objectives: the objective of each task that the scheduler may select.
         train_rows, eval_rows: tokenised rows per task (see `llm.data`); preference rows carry the
             reference's log-probabilities.
+        value_rows: rows per task that a probe of MAXRIGHT reads, the same every time; without them
+            it reads the batches of the next step (see `llm.values`).
+        reference_samples: what the KL to the reference is estimated on (see `llm.kl`).
         batch_sizes: rows (pairs) per device and micro-batch of each task.
         processing_class: the tokenizer; its pad token pads the batches.
         description: what the progress bar calls the run.
@@ -72,6 +66,8 @@ class JointTrainer(SafeCheckpoints):
         objectives: Objectives,
         train_rows: RowSets,
         eval_rows: RowSets | None = None,
+        value_rows: RowSets | None = None,
+        reference_samples: ReferenceSamples | None = None,
         batch_sizes: Mapping[Task, int],
         processing_class: Any,
         callbacks: list[TrainerCallback] | None = None,
@@ -79,10 +75,9 @@ class JointTrainer(SafeCheckpoints):
     ) -> None:
         if scheduler.runs != ():
             raise ValueError("the trainer takes one run; this scheduler holds a batch of runs")
-        self.model: torch.nn.Module
-        self.optimizer: Any
         self.scheduler, self.objectives = scheduler, dict(objectives)
         self.train_rows, self.batch_sizes = dict(train_rows), dict(batch_sizes)
+        self.value_rows, self.reference_samples = dict(value_rows or {}), reference_samples
         self.pad_token_id = int(processing_class.pad_token_id)
         # The losses below are normalised by the whole step's items already: see `compute_loss`.
         super().__init__(
@@ -90,37 +85,33 @@ class JointTrainer(SafeCheckpoints):
             args=args,
             eval_dataset=cast(Any, eval_rows) or None,
             processing_class=processing_class,
-            callbacks=[_CloseStep(self), *(callbacks or [])],
+            callbacks=[StepEvents(self), *(callbacks or [])],
         )
         self.model_accepts_loss_kwargs = True
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(ProgressBar(description))
-        self.streams = {
-            task: SampleStream(
-                task,
-                len(rows),
-                self.batch_sizes[task],
-                args.data_seed if args.data_seed is not None else args.seed,
-                rank=args.process_index,
-                world_size=args.world_size,
-            )
-            for task, rows in self.train_rows.items()
-        }
+        self.streams = open_streams(self.train_rows, self.batch_sizes, args)
         self.schedule = scheduler.init()
         self.steps_taken = dict.fromkeys(self.streams, 0)
         self.tokens_seen = dict.fromkeys(self.streams, 0)
+        self._tokens_drawn = dict.fromkeys(self.streams, 0)  # on this rank, not yet in tokens_seen
         self.probes = 0
         self.decisions: list[list[float]] = []
         self._step_losses: dict[Task, torch.Tensor] = {}
-        self._meters: dict[str, tuple[torch.Tensor, int]] = {}
+        self._forwarded: dict[Task, tuple[Batch, Terms]] = {}
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' `train`; packed batches need their attention in every recomputation."""
+        packed = any(objective.packing for objective in self.objectives.values())
+        with packed_attention(self.model) if packed else nullcontext():
+            return super().train(*args, **kwargs)
 
     # ------------------------------------------------------------------- the step: decide and draw
 
     def get_train_dataloader(self) -> DataLoader:
         """A clock: one tick per micro-batch of an epoch. The samples come from the streams."""
-        sizes = {task: len(rows) for task, rows in self.train_rows.items()}
-        steps = steps_per_epoch(sizes, self.batch_sizes, self.args)
+        steps = steps_per_epoch(self.streams, self.args)
         return DataLoader(range(steps * self.args.gradient_accumulation_steps))  # type: ignore[arg-type]
 
     def get_batch_samples(
@@ -129,18 +120,25 @@ class JointTrainer(SafeCheckpoints):
         """Decide what this optimiser step trains on and draw its micro-batches."""
         for _ in range(num_batches):
             next(epoch_iterator, None)
+        self._load_rng_state(self._resumed_from)
+        self.clock.switch("data")
         self._restart_at_stage()
         weights, self.schedule = self.scheduler.select(
             self.schedule, lambda: self._probe(num_batches)
         )
         self.decisions.append(weights.tolist())
-        stepped = [task for task in Task if weights[task] != 0.0]
+        self.step_weights = weights
         batches: list[dict[str, Any]] = [{"weights": weights.tolist()} for _ in range(num_batches)]
         counts = torch.zeros(len(Task))
-        for task in stepped:
-            for batch, rows in zip(batches, self._draw(task, num_batches), strict=True):
+        for task in self.stepped:
+            drawn = self._draw(task, num_batches)
+            counts[task] = sum(self.objectives[task].items(rows) for rows in drawn)
+            if task in self._forwarded:
+                batches[0][task.label], batches[0][f"{task.label} terms"] = self._forwarded[task]
+                continue
+            for batch, rows in zip(batches, drawn, strict=True):
                 batch[task.label] = self.objectives[task].collate(rows, self.pad_token_id)
-                counts[task] += self.objectives[task].items(rows)
+        self._forwarded = {}  # what the probe computed for the objective that lost is dropped here
         items = self._sum_over_ranks(counts.to(device))
         for batch in batches:
             batch["items"] = items
@@ -151,10 +149,7 @@ class JointTrainer(SafeCheckpoints):
         batches = self._peek(task, num_batches)
         self.streams[task].advance(num_batches)
         self.steps_taken[task] += 1
-        rows = (row for batch in batches for row in batch)
-        self.tokens_seen[task] += sum(
-            len(ids) for row in rows for key, ids in row.items() if key.endswith("_ids")
-        )
+        self._tokens_drawn[task] += sum(row_tokens(row) for batch in batches for row in batch)
         return batches
 
     def _peek(self, task: Task, num_batches: int) -> list[list[Row]]:
@@ -163,25 +158,43 @@ class JointTrainer(SafeCheckpoints):
         rows = self.train_rows[task]
         return [[rows[i] for i in batch] for batch in self.streams[task].peek(num_batches)]
 
-    @torch.no_grad()
     def _probe(self, num_batches: int) -> NDArray[np.float64]:
-        """Both losses (2,) on the batches that the next step of each objective would train on."""
+        """Both losses (2,), by one reduction over the ranks and one read of the device."""
         self.probes += 1
-        losses = torch.zeros(2, device=self.args.device)
-        items = torch.zeros(2, device=self.args.device)
-        for task in Task:
-            for rows in self._peek(task, num_batches):
-                metrics = evaluate_objective(
+        with self.clock.phase("probes"):
+            # On the batch that it would train on next, a probe does the forward pass of the step.
+            reuse = num_batches == 1 and not self.value_rows
+            parts = [
+                self._forward_ahead(task)
+                if reuse
+                else summed_loss(
                     self.model,
                     self.objectives[task],
-                    rows,
-                    batch_size=len(rows),
-                    pad_token_id=self.pad_token_id,
+                    self._probed_batches(task, num_batches),
+                    self.pad_token_id,
                 )
-                count = self.objectives[task].items(rows)
-                losses[task] += metrics["loss"] * count
-                items[task] += count
-        return (self._sum_over_ranks(losses) / self._sum_over_ranks(items)).double().cpu().numpy()
+                for task in Task
+            ]
+            sums, items = self._sum_over_ranks(torch.stack(parts)).double().cpu().unbind(1)
+        return (sums / items).numpy()
+
+    def _forward_ahead(self, task: Task) -> torch.Tensor:
+        """(loss, items) of the next batch: (2,); its graph is kept in case the step takes it."""
+        (rows,) = self._peek(task, 1)
+        objective, model = self.objectives[task], self.model_wrapped
+        batch = move(objective.collate(rows, self.pad_token_id), self.args.device)
+        model.train()
+        with self.compute_loss_context_manager():
+            terms = objective(model, batch)
+        self._forwarded[task] = batch, terms
+        items = terms.total.new_tensor(objective.items(rows))
+        return torch.stack([terms.total.detach(), items]).float()
+
+    def _probed_batches(self, task: Task, num_batches: int) -> list[list[Row]]:
+        if not self.value_rows:
+            return self._peek(task, num_batches)
+        size, args = self.args.per_device_eval_batch_size, self.args
+        return share_of_rank(self.value_rows[task], size, args.process_index, args.world_size)
 
     # ------------------------------------------------------------------------- the step: the loss
 
@@ -193,22 +206,27 @@ class JointTrainer(SafeCheckpoints):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         """This micro-batch's share of sum_i w_i f_i of the step."""
+        self.clock.switch("forward")
         loss = torch.zeros((), device=self.args.device)
         for task in Task:
             if task.label not in inputs:
                 continue
-            terms = self.objectives[task](model, inputs[task.label])
+            terms = inputs.pop(f"{task.label} terms", None)
+            if terms is None:
+                terms = self.objectives[task](model, inputs[task.label])
             share = terms.total / inputs["items"][task]
             self._step_losses[task] = self._step_losses.get(task, 0.0) + share.detach()
             self._meter(task, terms.sums)
             loss = loss + inputs["weights"][task] * share
+        self.clock.switch("backward")
         # Data-parallel wrappers average gradients over ranks; the shares are to be summed.
         return loss * self.args.world_size
 
     def _close_step(self) -> None:
         """After the optimiser step: hand the losses to the scheduler, and meter them."""
+        self.clock.switch("other")
         observed = None
-        if self.scheduler.reads_losses:
+        if self.scheduler.reads_losses and not self.value_rows:
             values = [self._step_losses.get(task, torch.tensor(torch.nan)) for task in Task]
             losses = torch.stack([value.to(self.args.device) for value in values])
             observed = self._sum_over_ranks(losses).double().cpu().numpy()
@@ -217,99 +235,6 @@ class JointTrainer(SafeCheckpoints):
             # A rank knows its share of the loss; the mean over ranks is to be the whole.
             self._meter(task, {"loss": (value * self.args.world_size, 1)})
 
-    def _sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
-        return self.accelerator.reduce(values, "sum") if self.args.world_size > 1 else values
-
-    # --------------------------------------------------------------------- stages of a sequence
-
-    def _restart_at_stage(self) -> None:
-        """At the boundary of a sequential schedule, start the optimiser afresh."""
-        step = self.schedule.step
-        if step > 0 and self.scheduler.stage_start(step) == step:
-            getattr(self.optimizer, "optimizer", self.optimizer).state.clear()
-
-    def create_scheduler(
-        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
-    ) -> LRScheduler:
-        """The learning-rate schedule of transformers, run once per stage of the scheduler."""
-        starts = sorted({int(self.scheduler.stage_start(t)) for t in range(num_training_steps)})
-        if len(starts) < 2:
-            return super().create_scheduler(num_training_steps, optimizer)
-        if self.lr_scheduler is None:
-            self.lr_scheduler = staged_schedule(
-                self.args, optimizer or self.optimizer, starts, num_training_steps
-            )
-            self._created_lr_scheduler = True
-        return self.lr_scheduler
-
-    # ------------------------------------------------------------------- evaluation and logging
-
-    def evaluate(
-        self,
-        eval_dataset: Any = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> dict[str, float]:
-        """Held-out values of every objective with data: `eval_dpo_loss`, `eval_sft_loss`, ..."""
-        metrics = self.held_out(eval_dataset)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(
-            self.args, self.state, self.control, metrics
-        )
-        return metrics
-
-    def held_out(self, row_sets: RowSets | None = None) -> dict[str, float]:
-        """Values on the held-out rows, computed without logging."""
-        row_sets = cast(RowSets, self.eval_dataset if row_sets is None else row_sets)
-        with self.accelerator.autocast():  # before training the model does not yet do so itself
-            values = {
-                task: evaluate_objective(
-                    self.model,
-                    self.objectives[task],
-                    rows,
-                    batch_size=self.args.per_device_eval_batch_size,
-                    pad_token_id=self.pad_token_id,
-                )
-                for task, rows in (row_sets or {}).items()
-            }
-        summary = held_out_summary(values)
-        for name, value in summary.items():
-            self._check_finite(f"held-out {name}", value)
-        return summary
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the metered means of each objective; stop on a loss that is not a number."""
-        if "loss" in logs:
-            logs |= self._drain_meters()
-        for name in ("loss", "train_loss"):  # of a log line, and of the whole run at its end
-            self._check_finite("loss", logs.get(name, 0.0))
-        super().log(logs, start_time)
-
-    def _check_finite(self, name: str, value: float) -> None:
-        if not math.isfinite(value):
-            raise UserError(
-                f"the {name} is {value} at step {self.state.global_step}: lower --learning_rate, "
-                "or check the data (training stopped)"
-            )
-
-    def _meter(self, task: Task, sums: Mapping[str, tuple[torch.Tensor, int]]) -> None:
-        for name, (total, count) in sums.items():
-            key = f"{task.label}_{name}"
-            old_total, old_count = self._meters.get(key, (0.0, 0))
-            self._meters[key] = (old_total + total, old_count + count)
-
-    def _drain_meters(self) -> dict[str, float]:
-        """Means since the last log, over all ranks; the device is read here and only here."""
-        means = {}
-        for name, (total, count) in self._meters.items():
-            pair = torch.tensor([float(total), count], device=self.args.device)
-            total_over_ranks, count_over_ranks = self._sum_over_ranks(pair).tolist()
-            means[name] = total_over_ranks / count_over_ranks
-        self._meters = {}
-        counts = {f"{task.label}_steps": float(n) for task, n in self.steps_taken.items()}
-        return means | counts
-
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         batches = (inputs[task.label] for task in Task if task.label in inputs)
         return sum(super(JointTrainer, self).floating_point_ops(batch) for batch in batches)
@@ -317,8 +242,9 @@ class JointTrainer(SafeCheckpoints):
     # ----------------------------------------------------------------------------- checkpoints
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        for name, (total, _) in self._meters.items():
-            self._check_finite(name, float(total))
+        for name, total in self.meters.totals().items():
+            self._check_finite(name, total)
+        self._count_tokens()
         cast(dict[str, Any], self.state.stateful_callbacks)[STATE_KEY] = self.state_to_json()
         super()._save_checkpoint(model, trial)
 
@@ -330,59 +256,41 @@ class JointTrainer(SafeCheckpoints):
             "steps_taken": {task.label: n for task, n in self.steps_taken.items()},
             "tokens_seen": {task.label: n for task, n in self.tokens_seen.items()},
             "probes": self.probes,
+            "step_norms": self.step_norms.to_json(),
             "decisions": self.decisions,
             "identity": self._identity,
         }
 
     @cached_property
-    def _identity(self) -> dict[str, str]:
-        """What a checkpoint and the run that continues it must have in common."""
-        identity = {"schedule": repr(self.scheduler)}
-        for task, stream in self.streams.items():
-            identity[f"{task.label} loss"] = repr(self.objectives[task])
-            identity[f"{task.label} data"] = fingerprint_rows(self.train_rows[task])
-            identity[f"{task.label} order"] = f"seed {stream.seed}"
-        return identity
+    def _identity(self) -> Identity:
+        values = {
+            f"{task.label} value rows": fingerprint_rows(rows)
+            for task, rows in self.value_rows.items()
+        }
+        return run_identity(self) | values
+
+    @property
+    def num_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        return math.ceil(self.args.num_train_epochs * steps_per_epoch(self.streams, self.args))
+
+    def _check_resume(self, checkpoint: Path | None) -> None:
+        mine = self._identity  # taken now: sharding will hide the weights
+        if checkpoint is not None:
+            check_resume(checkpoint, mine, force=getattr(self.args, "force_resume", False))
 
     def _restore(self, saved: dict[str, Any]) -> None:
-        for name in sorted(self._identity.keys() | saved["identity"].keys()):
-            theirs, mine = (each.get(name) for each in (saved["identity"], self._identity))
-            if theirs != mine:
-                raise UserError(
-                    f"the checkpoint belongs to another run: its {name} is {theirs}, here {mine}"
-                )
         self.schedule = ScheduleState.from_json(saved["schedule"])
         for task, stream in self.streams.items():
-            stream.consumed = saved["consumed"][task.label]
-            self.steps_taken[task] = saved["steps_taken"][task.label]
-            self.tokens_seen[task] = saved["tokens_seen"][task.label]
+            # A forced resume may find no trace of this objective.
+            stream.consumed = saved["consumed"].get(task.label, 0)
+            self.steps_taken[task] = saved["steps_taken"].get(task.label, 0)
+            self.tokens_seen[task] = saved["tokens_seen"].get(task.label, 0)
         self.probes, self.decisions = saved["probes"], saved["decisions"]
-
-
-def steps_per_epoch(
-    sizes: Mapping[Task, int], batch_sizes: Mapping[Task, int], args: TrainingArguments
-) -> int:
-    """Optimiser steps of one pass over the longer of the data sets (longer in steps)."""
-    per_step = args.gradient_accumulation_steps * args.world_size
-    return max(math.ceil(rows / (batch_sizes[task] * per_step)) for task, rows in sizes.items())
-
-
-class _CloseStep(TrainerCallback):
-    """Ties the schedule to Trainer's events; `on_step_end` runs before a checkpoint is saved."""
-
-    def __init__(self, trainer: JointTrainer) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        saved = cast(dict[str, Any], state.stateful_callbacks).get(STATE_KEY)
-        if saved is not None:
-            self.trainer._restore(saved)
-        elif state.global_step > 0:
-            raise UserError("the checkpoint was not written by this trainer: it has no schedule")
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.trainer._close_step()
+        self.step_norms.restore(saved["step_norms"])
+        if self.scheduler.reads_losses and self.schedule.values is None:
+            values = self._probe(self.args.gradient_accumulation_steps)
+            self._forwarded = {}  # the step probes anew if its schedule says so
+            self.schedule = self.schedule._replace(values=values)

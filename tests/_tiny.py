@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, TrainingArguments, set_seed
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, set_seed
 
 from llm import embedded
+from llm.config import JointArguments
 from llm.data import encode_preference, encode_sft
 from llm.evaluate import with_reference_logps
+from llm.kl import ReferenceSamples
 from llm.objectives import DPOObjective, LanguageObjective, Row, SFTObjective
 from llm.trainer import JointTrainer
 from theory.schedulers import Scheduler
@@ -85,7 +87,7 @@ def eval_rows() -> RowSets:
     return copy.deepcopy(_rows()[1])
 
 
-def arguments(output_dir: Path, **overrides: Any) -> TrainingArguments:
+def arguments(output_dir: Path, **overrides: Any) -> JointArguments:
     """Ten silent AdamW steps at a constant learning rate."""
     options: dict[str, Any] = {
         "output_dir": str(output_dir),
@@ -101,7 +103,7 @@ def arguments(output_dir: Path, **overrides: Any) -> TrainingArguments:
         "per_device_eval_batch_size": 4,
         "seed": 0,
     }
-    return TrainingArguments(**(options | overrides))
+    return JointArguments(**(options | overrides))
 
 
 def plain_sgd(**overrides: Any) -> dict[str, Any]:
@@ -119,6 +121,8 @@ def make_trainer(
     held_out: Mapping[Task, list[Row]] | None = None,
     batch_sizes: Mapping[Task, int] | None = None,
     objectives: Mapping[Task, LanguageObjective] | None = None,
+    value_rows: Mapping[Task, list[Row]] | None = None,
+    reference_samples: ReferenceSamples | None = None,
     **overrides: Any,
 ) -> JointTrainer:
     """A trainer of a fresh tiny policy on `tasks`."""
@@ -130,6 +134,8 @@ def make_trainer(
         objectives=objectives or OBJECTIVES,
         train_rows={task: rows[task] for task in tasks},
         eval_rows=held_out,
+        value_rows=value_rows,
+        reference_samples=reference_samples,
         batch_sizes={task: sizes[task] for task in tasks},
         processing_class=TOKENIZER,
     )

@@ -8,12 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM
+from _tiny import TOKENIZER
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, set_seed
 
 import llm.config
 from llm import export, preview
+from llm.arguments import ModelArguments
+from llm.models import load_policy
 from llm.run import main
 from theory.cli import UserError
 
@@ -50,6 +53,92 @@ def test_only_adapters_are_trained_and_the_merged_model_is_the_same_function(
     # Merging adds B A to W before the product instead of after it: float32 rounding.
     torch.testing.assert_close(plain, adapted, rtol=1e-5, atol=1e-5)
     assert (plain - base).abs().max() > 1e-4
+
+
+def test_an_adapter_goes_on_being_trained(own: Callable[..., list[str]], tmp_path: Path) -> None:
+    """The policy is the output of a run with adapters: it starts where that run ended."""
+    first, second = tmp_path / "out", tmp_path / "second"
+    main(own("--algo", "sft", *LORA))
+    main(own("--algo", "sft", "--output_dir", str(second), "--model_name_or_path", str(first)))
+    summaries = [json.loads((out / "joint_summary.json").read_text()) for out in (first, second)]
+    held_out = [summary["held_out"] for summary in summaries]
+    # The losses are read off the same float32 weights, saved and loaded.
+    assert held_out[1]["before"]["sft_loss"] == pytest.approx(held_out[0]["after"]["sft_loss"])
+    assert held_out[1]["after"]["sft_loss"] < held_out[0]["after"]["sft_loss"] - 1e-3
+    record = json.loads((second / "adapter_config.json").read_text())
+    assert record["base_model_name_or_path"] == str(tmp_path / "model")
+    assert record["r"] == 4
+    export.main([str(second), "--out", str(tmp_path / "merged")])
+    adapted = logits(AutoPeftModelForCausalLM.from_pretrained(second))
+    plain = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
+    torch.testing.assert_close(plain, adapted, rtol=1e-5, atol=1e-5)
+
+
+def test_an_adapter_without_a_tokenizer_has_that_of_its_base(
+    own: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = own()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    lora = LoraConfig(r=2, target_modules=["query_key_value"])
+    get_peft_model(model, lora).save_pretrained(tmp_path / "adapter")
+    preview.main([*command, "--model_name_or_path", str(tmp_path / "adapter")])
+    assert "sft train: 40 of 40 rows kept" in capsys.readouterr().out
+
+
+# --- 4-bit weights
+
+
+@pytest.fixture
+def llama(own: Callable[..., list[str]], tmp_path: Path) -> Callable[..., list[str]]:
+    """The command line of a QLoRA run on a tiny Llama."""
+    pytest.importorskip("bitsandbytes", reason="QLoRA needs the extra `qlora`")
+    options = {name: getattr(TOKENIZER, name) for name in ("eos_token_id", "pad_token_id")}
+    set_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(TOKENIZER),
+        hidden_size=64,  # bitsandbytes rounds blocks of 64 weights together
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        bos_token_id=TOKENIZER.eos_token_id,
+        **options,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    TOKENIZER.save_pretrained(tmp_path / "llama")
+    flags = ("--use_peft", "true", "--lora_r", "4", "--lora_target_modules", "q_proj", "v_proj")
+    start = ("--model_name_or_path", str(tmp_path / "llama"), *flags, "--load_in_4bit", "true")
+    return lambda *more: own("--algo", "mix", *start, *more)
+
+
+def test_adapters_over_4_bit_weights_learn_and_merge_into_what_was_trained(
+    llama: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    command = llama("--gradient_checkpointing", "true")
+    main(command)
+    out, merged = tmp_path / "out", tmp_path / "merged"
+    held_out = json.loads((out / "joint_summary.json").read_text())["held_out"]
+    assert held_out["before"]["dpo_loss"] == pytest.approx(0.6931, abs=1e-4)
+    for name in ("dpo_loss", "sft_loss"):
+        assert held_out["after"][name] < held_out["before"][name] - 1e-3
+    # Every adapter has learnt: the gradient passes through the 4-bit layers above it.
+    trained = load_file(out / "adapter_model.safetensors")
+    steps = {name: float(tensor.abs().max()) for name, tensor in trained.items() if "_B" in name}
+    assert len(steps) == 4
+    assert min(steps.values()) > 1e-3
+
+    export.main([str(out), "--out", str(merged)])
+    policy = load_policy(ModelArguments(model_name_or_path=str(out), load_in_4bit=True))
+    weight = policy.get_base_model().model.layers[0].mlp.up_proj.weight
+    assert (weight.dtype, weight.numel()) == (torch.uint8, 64 * 64 // 2), "two weights a byte"
+    adapted = logits(policy)
+    plain = AutoModelForCausalLM.from_pretrained(merged)
+    assert not hasattr(plain.config, "quantization_config")
+    assert {parameter.dtype for parameter in plain.parameters()} == {torch.float32}
+    # As for adapters over full weights: rounding of float32.
+    torch.testing.assert_close(logits(plain), adapted, rtol=1e-5, atol=1e-5)
+    full = logits(load_policy(ModelArguments(model_name_or_path=str(out))))
+    assert (full - adapted).abs().max() > 1e-2, "the rounding of the weights was no part of it"
 
 
 def test_adapters_resume_to_the_same_bits(own: Callable[..., list[str]], tmp_path: Path) -> None:

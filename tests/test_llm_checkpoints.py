@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from _kill import MOMENTS
 
 from llm.checkpoints import (
     MANIFEST,
@@ -114,49 +112,52 @@ def test_republishing_a_step_replaces_it(tmp_path: Path) -> None:
     assert damage(tmp_path / "checkpoint-7") is None
 
 
-RUN = """
-import sys
-from llm import embedded
-from llm.run import main
-embedded.BASE_STEPS = 3
-main(sys.argv[1:])
-"""
+# --- SIGKILL
 
 
-def run_command(output_dir: Path, *extra: str) -> list[str]:
-    flags = "--algo maxright --refresh_every 7 --max_steps 60 --save_strategy steps --save_steps 5"
-    flags += " --eval_strategy no --max_train_rows 80 --max_eval_rows 16 --disable_tqdm true"
-    flags += " --per_device_train_batch_size 4 --gradient_accumulation_steps 2"
-    optima = output_dir.parent / "optima.json"
-    optima.write_text('{"dpo": 0.3, "sft": 0.1}')
-    options = [*flags.split(), "--optima", str(optima), "--output_dir", str(output_dir)]
-    return [sys.executable, "-c", RUN, *options, *extra]
-
-
-def weights_digest(output_dir: Path) -> str:
-    return hashlib.sha256((output_dir / "model.safetensors").read_bytes()).hexdigest()
-
-
-def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(tmp_path: Path) -> None:
-    """SIGKILL after the third checkpoint has appeared (in the middle of MAXRIGHT's period)."""
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `_kill.py` leaves: real runs, killed and resumed."""
+    out = tmp_path_factory.mktemp("killed")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    straight, killed = tmp_path / "straight", tmp_path / "killed"
-    subprocess.run(run_command(straight), env=environment, check=True, capture_output=True)
-
-    process = subprocess.Popen(
-        run_command(killed), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).parent / "_kill.py"), str(out)],
+        env=environment | {"TOKENIZERS_PARALLELISM": "false"},
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    deadline = time.monotonic() + 120
-    while len(list_checkpoints(killed)) < 3 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (killed / "joint_summary.json").exists(), "the run ended before it was killed"
+    logs = "".join(path.read_text()[-1500:] for path in out.glob("*.log"))
+    assert done.returncode == 0, done.stderr[-1500:] + logs
+    return out
 
-    resume = run_command(killed, "--resume_from_checkpoint", "true")
-    subprocess.run(resume, env=environment, check=True, capture_output=True)
-    assert weights_digest(killed) == weights_digest(straight)
-    schedules = [json.loads((d / "schedule.json").read_text()) for d in (straight, killed)]
-    assert schedules[0] == schedules[1]
-    newest = [list_checkpoints(d)[-1] / "optimizer.pt" for d in (straight, killed)]
-    assert newest[0].read_bytes() == newest[1].read_bytes()
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(moment: str, killed: Path) -> None:
+    """In the middle of MAXRIGHT's period, across gradient accumulation; files are compared."""
+    before, after, straight = killed / f"{moment}, killed", killed / moment, killed / "straight"
+    assert not (before / "joint_summary.json").exists()
+    newest = 9 if moment == "while an old one is deleted" else 6
+    assert [damage(path) for path in list_checkpoints(before)[-2:]][-1] is None
+    assert list_checkpoints(before)[-1].name == f"checkpoint-{newest}"
+
+    for name in ("model.safetensors", "schedule.json", "checkpoint-12/optimizer.pt"):
+        assert (after / name).read_bytes() == (straight / name).read_bytes(), name
+    assert not (after / STAGING).exists()
+    logs = [
+        [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+        for path in (after, straight)
+    ]
+    losses = [
+        [(log["step"], log["loss"]) for log in log_lines if "loss" in log] for log_lines in logs
+    ]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 12
+
+
+def test_a_kill_leaves_nothing_half_written_under_a_checkpoints_name(killed: Path) -> None:
+    """Except the oldest one, caught in its deletion: and that is found out."""
+    for moment in MOMENTS:
+        for checkpoint in list_checkpoints(killed / f"{moment}, killed"):
+            deleted = moment == "while an old one is deleted" and checkpoint.name == "checkpoint-3"
+            assert (damage(checkpoint) is not None) == deleted

@@ -191,6 +191,8 @@ UNUSED = {
     "refresh_every": "5",
     "scale_steps": "true",
     "value_ema": "0.5",
+    "value_source": "train",
+    "value_rows": "8",
     "order": "dpo_then_sft",
     "split": "0.5",
     "dpo_probability": "0.5",

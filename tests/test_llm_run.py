@@ -240,7 +240,8 @@ def test_a_loss_that_is_no_number_ends_the_run_with_one_line_and_no_model(
     text = fails_with(short_run(tmp_path, "--algo", "sft", *flags), capsys)
     assert " is nan at step " in text
     assert "--learning_rate" in text
-    assert {path.name for path in tmp_path.iterdir()} <= {"joint_config.json", "metrics.jsonl"}
+    kept = {"joint_config.json", "metrics.jsonl", "reference", "kl_samples.json"}
+    assert {path.name for path in tmp_path.iterdir()} <= kept
 
 
 @pytest.mark.parametrize(
@@ -477,7 +478,8 @@ def test_dropped_rows_are_counted_in_the_summary(tmp_path: Path) -> None:
         *("--dpo_dataset", str(data / "preference_train.parquet")),
         *("--dpo_eval_dataset", str(data / "preference_eval.parquet")),
         *("--max_train_rows", "64", "--max_eval_rows", "32", "--max_length", "64"),
-        *("--truncation_mode", "keep_start", "--max_steps", "1", "--use_cpu", "true"),
+        *("--truncation_mode", "keep_start", "--max_dropped_share", "1"),
+        *("--max_steps", "1", "--use_cpu", "true"),
         *("--report_to", "none", "--save_strategy", "no", "--disable_tqdm", "true"),
         *("--output_dir", str(tmp_path)),
     ]

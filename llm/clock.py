@@ -1,0 +1,84 @@
+"""Where the time of a training loop goes: data, forward, backward, optimizer, probes, evaluation.
+
+Always one phase is running; `switch` ends it and begins the next, so that the phases add up to the
+whole. On CUDA the calls return before the work is done and a wall clock would charge the work to
+whoever waits for it first: there the marks are CUDA events, in line with the work, read when a log
+line is written. A device that waits for the host spends that time in the phase of the host: a slow
+collator shows up under data.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+PHASES = ("data", "forward", "backward", "optimizer", "probes", "evaluation", "other")
+"""data: drawing, collating and moving batches; optimizer: gradient norm, clipping and the step."""
+MOST_MARKS = 4096
+"""Marks kept before they are added up: bounds the memory between two log lines."""
+
+
+class Clock:
+    """Seconds per phase between `start` and `stop`; outside of them nothing counts."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+        self._at_last_log = dict(self.seconds)
+        self._marks: list[tuple[str, Any]] = []
+        self._cuda = device.type == "cuda"
+
+    def start(self) -> None:
+        self._marks = [("other", self._now())]
+
+    def stop(self) -> None:
+        self._add_up()
+        self._marks = []
+
+    def switch(self, phase: str) -> str:
+        """From now on time counts for `phase`; returns the phase that ends."""
+        if not self._marks:
+            return phase
+        before = self._marks[-1][0]
+        self._marks.append((phase, self._now()))
+        if len(self._marks) > MOST_MARKS:
+            self._add_up()
+        return before
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        before = self.switch(name)
+        try:
+            yield
+        finally:
+            self.switch(before)
+
+    def shares(self) -> dict[str, float]:
+        """Share of each phase that ever ran in the time since the last call; they add up to 1."""
+        self._add_up()
+        spent = {name: total - self._at_last_log[name] for name, total in self.seconds.items()}
+        self._at_last_log = dict(self.seconds)
+        whole = sum(spent.values())
+        ran = [name for name, total in self.seconds.items() if total > 0.0]
+        return {name: spent[name] / whole for name in ran} if whole > 0.0 else {}
+
+    def _add_up(self) -> None:
+        if not self._marks:
+            return
+        self._marks.append((self._marks[-1][0], self._now()))
+        if self._cuda:
+            self._marks[-1][1].synchronize()
+        for (phase, begin), (_, end) in zip(self._marks, self._marks[1:], strict=False):
+            elapsed = begin.elapsed_time(end) / 1e3 if self._cuda else end - begin
+            self.seconds[phase] += elapsed
+        del self._marks[:-1]
+
+    def _now(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event

@@ -1,0 +1,122 @@
+"""llm.layout and its flags: packed batches where the model takes them, padded ones elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from _tiny import OBJECTIVES, make_policy, make_trainer, short_run, train_rows, weights_of
+
+import llm.layout
+from llm.config import parse
+from llm.objectives import DPOObjective, SFTObjective
+from llm.packing import row_tokens
+from llm.run import main
+from llm.setup import prepare
+from theory.cli import UserError
+from theory.records import read_json
+from theory.schedulers import Alright, Mix
+from theory.tasks import Task
+
+pytestmark = pytest.mark.usefixtures("short_base_training")
+
+PADDED = {Task.DPO: DPOObjective(packing=False), Task.SFT: SFTObjective(packing=False)}
+BASE = ["--model_name_or_path", "m", "--sft_dataset", "a", "--dpo_dataset", "b"]
+
+
+def test_packed_and_padded_runs_are_the_same_run(tmp_path: Path) -> None:
+    trainers = [
+        make_trainer(Mix(0.4), tmp_path, objectives=objectives, max_steps=6)
+        for objectives in (OBJECTIVES, PADDED)
+    ]
+    for trainer in trainers:
+        trainer.train()
+    packed, padded = (weights_of(trainer.model) for trainer in trainers)
+    # Six AdamW steps of 1e-2: rounding of 1e-7 in a gradient near zero can turn a step around, so
+    # that weights differ by a share of a step although the losses agree.
+    for name, value in packed.items():
+        torch.testing.assert_close(value, padded[name], rtol=1e-3, atol=1e-3)
+    losses = [
+        [log["loss"] for log in trainer.state.log_history if "loss" in log] for trainer in trainers
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_a_run_says_that_it_pads_where_the_model_cannot_pack(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        llm.layout, "packing_problem", lambda *_: "its attention is of another kind"
+    )
+    said: list[str] = []
+    setup = prepare(parse(short_run(tmp_path)), said.append)
+    assert not any(objective.packing for objective in setup.objectives.values())
+    assert "batches are padded, not packed: its attention is of another kind" in said
+    with pytest.raises(UserError, match="max_tokens_per_batch needs packing"):
+        prepare(
+            parse([*_without_rows(short_run(tmp_path)), "--max_tokens_per_batch", "99"]),
+            said.append,
+        )
+
+
+def _without_rows(flags: list[str]) -> list[str]:
+    at = flags.index("--per_device_train_batch_size")
+    return flags[:at] + flags[at + 2 :]
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_packing_is_as_the_flag_says(packing: bool, tmp_path: Path) -> None:
+    setup = prepare(parse([*short_run(tmp_path), "--packing", str(packing)]), lambda _: None)
+    assert {objective.packing for objective in setup.objectives.values()} == {packing}
+
+
+def test_a_budget_of_tokens_fills_the_micro_batches(tmp_path: Path) -> None:
+    budget = 100
+    trainer = make_trainer(Alright(0.5), tmp_path, model=make_policy(), max_tokens_per_batch=budget)
+    assert max(map(row_tokens, train_rows()[Task.SFT])) <= budget
+    sizes = []
+    collate = SFTObjective.collate
+
+    def spy(self: Any, rows: Any, pad: int) -> Any:
+        sizes.append(sum(map(row_tokens, rows)))
+        return collate(self, rows, pad)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SFTObjective, "collate", spy)
+        trainer.train()
+    assert sizes
+    assert (
+        budget - max(map(row_tokens, train_rows()[Task.SFT])) < min(sizes) <= max(sizes) <= budget
+    )
+    assert "tokens a step" in trainer.state_to_json()["identity"]["sft batch"]
+
+
+def test_a_run_by_tokens_from_the_command_line(tmp_path: Path) -> None:
+    main([*_without_rows(short_run(tmp_path, "--optima", "none")), "--max_tokens_per_batch", "128"])
+    summary = read_json(tmp_path / "joint_summary.json")
+    # 8 steps of one micro-batch of at most 128 tokens; a row has about 20.
+    assert 8 * 100 < sum(summary["tokens"].values()) <= 8 * 128
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--max_tokens_per_batch", "0"], "must be at least 1"),
+        (["--max_tokens_per_batch", "9", "--packing", "false"], "not used with --packing false"),
+        (
+            ["--max_tokens_per_batch", "9", "--dpo_per_device_train_batch_size", "2"],
+            "--dpo_per_device_train_batch_size is not used with --max_tokens_per_batch",
+        ),
+        (["--attn_implementation", "eager"], "--attn_implementation is not used by packed"),
+    ],
+)
+def test_flags_that_contradict_each_other_are_refused(flags: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse([*BASE, *flags])
+
+
+def test_padded_batches_take_any_attention() -> None:
+    config = parse([*BASE, "--packing", "false", "--attn_implementation", "eager"])
+    assert config.model.attn_implementation == "eager"
