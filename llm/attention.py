@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
-from llm.packing import PackingPlan
+from llm.packing import PackingPlan, to_device
 
 PACKED = "packed_segments"
 PLAN_ARGUMENT = "packing_plan"
@@ -56,6 +56,7 @@ def transformers_model(model: Any) -> Any:
     return model
 
 
+@torch.compiler.disable  # a plan is another program for every batch; the layers around compile
 def packed_attention_forward(
     module: torch.nn.Module,
     query: Tensor,
@@ -176,7 +177,7 @@ class _Layout:
         self.key_starts = _starts(plan.key_lengths, device)
         self.gather: Tensor | None = None
         if any(parent >= 0 for parent in plan.parents):
-            self.gather = torch.from_numpy(plan.key_indices()).to(device, non_blocking=True)
+            self.gather = to_device(torch.from_numpy(plan.key_indices()), device)
 
 
 @lru_cache(maxsize=8)
@@ -188,7 +189,7 @@ def _layout(plan: PackingPlan, device: torch.device) -> _Layout:
 def _starts(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     starts = torch.zeros(len(lengths) + 1, dtype=torch.int32)
     starts[1:] = torch.tensor(lengths).cumsum(0)
-    return starts.to(device, non_blocking=True)
+    return to_device(starts, device)
 
 
 @lru_cache(maxsize=1)

@@ -32,7 +32,7 @@ def evaluate_objective(
 
     Keys: `loss`, then the names in `Terms.sums`; nats for losses and log-probabilities.
     """
-    sums: dict[str, float] = defaultdict(float)
+    sums: dict[str, list[torch.Tensor]] = defaultdict(list)
     counts: dict[str, int] = defaultdict(int)
     with evaluating(model):
         for chunk in by_length(range(len(rows)), rows, batch_size):
@@ -41,9 +41,11 @@ def evaluate_objective(
             terms = objective(model, batch)
             totals = {"loss": (terms.total, objective.items(batch_rows))} | terms.sums
             for name, (total, count) in totals.items():
-                sums[name] += float(total)
+                sums[name].append(total)
                 counts[name] += count
-    return {name: sums[name] / counts[name] for name in sums}
+    # The device is read once; the sums over many batches are double precision.
+    table = torch.stack([torch.stack(parts) for parts in sums.values()]).cpu().double().sum(1)
+    return {name: total / counts[name] for name, total in zip(sums, table.tolist(), strict=True)}
 
 
 @torch.no_grad()

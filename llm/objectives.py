@@ -17,7 +17,7 @@ from torch import Tensor
 from llm.collate import collate_preference, collate_sft
 from llm.forward import response_logps
 from llm.losses import check_preference_options, dpo_loss
-from llm.packing import pack_preference, pack_sft
+from llm.packing import pack_preference, pack_sft, to_device
 from theory.tasks import Task
 
 Batch = dict[str, Any]
@@ -135,6 +135,6 @@ def pair_logps(model: torch.nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 def move(batch: Batch, device: torch.device) -> Batch:
     """The tensors of a batch on `device`; the rest of it as it is."""
     return {
-        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        name: to_device(value, device) if isinstance(value, Tensor) else value
         for name, value in batch.items()
     }

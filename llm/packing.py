@@ -58,6 +58,13 @@ class PackingPlan:
         )
 
 
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy that does not hold up the host: from pageable memory it would wait for the GPU."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def row_tokens(row: Row) -> int:
     """Tokens of a row without padding, its prompt once."""
     return sum(len(ids) for key, ids in row.items() if key.endswith("_ids"))

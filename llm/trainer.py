@@ -30,7 +30,7 @@ from llm.data import fingerprint_rows
 from llm.identity import STATE_KEY, Identity, check_resume, run_identity
 from llm.kl import ReferenceSamples
 from llm.objectives import Batch, Row, Terms, move
-from llm.packing import row_tokens
+from llm.packing import row_tokens, to_device
 from llm.reporting import Objectives, ReportingTrainer, RowSets
 from llm.streams import open_streams, steps_per_epoch
 from llm.values import share_of_rank, summed_loss
@@ -137,9 +137,10 @@ class JointTrainer(ReportingTrainer):
                 batches[0][task.label], batches[0][f"{task.label} terms"] = self._forwarded[task]
                 continue
             for batch, rows in zip(batches, drawn, strict=True):
-                batch[task.label] = self.objectives[task].collate(rows, self.pad_token_id)
+                collated = self.objectives[task].collate(rows, self.pad_token_id)
+                batch[task.label] = move(collated, device)
         self._forwarded = {}  # what the probe computed for the objective that lost is dropped here
-        items = self._sum_over_ranks(counts.to(device))
+        items = self._sum_over_ranks(to_device(counts, device))
         for batch in batches:
             batch["items"] = items
         self._step_losses = {}

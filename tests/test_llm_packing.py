@@ -149,6 +149,19 @@ def test_activation_checkpointing_changes_nothing() -> None:
     assert_equal(value_and_gradient(model, batch), expected)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch's own compiler
+def test_a_compiled_model_gives_the_same_values_and_gradients() -> None:
+    model, rows = make_model("gpt_neox"), make_rows()
+    expected = value_and_gradient(model, collate_preference(rows, 0))
+    compiled = torch.compile(model, backend="aot_eager", dynamic=True)
+    model.zero_grad()
+    with packed_attention(model):
+        sums = response_logps(compiled, pack_preference(rows)).sums()
+        (sums * torch.arange(1.0, len(sums) + 1.0)).sum().backward()
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert_equal((sums.detach(), gradients), expected)
+
+
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning:transformers")  # peft
 def test_adapters_on_layers_and_head_are_seen() -> None:
     targets = ["q_proj", "v_proj", "lm_head"]

@@ -30,7 +30,7 @@ from theory.beyond.lockout import Lockout
 from theory.beyond.plateau import Plateau
 from theory.beyond.switches import Switches
 from theory.cli import OneLineParser, check_output_dir, positive_int, run_command, unit_float
-from theory.problems import PROBLEMS
+from theory.command import add_problem, distinct_problems
 from theory.records import save_figure, write_json, write_parquet
 from theory.sweep import FINISHED, discard_parts, run_sweep
 
@@ -102,7 +102,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--part", nargs="+", choices=[*PARTS, "all"], default=["all"], help="default: all")
-    add("--problem", nargs="+", choices=list(PROBLEMS), help="switches, lockout, optimizers")
+    add_problem(parser, None, " (switches, lockout, optimizers)")
     add("--lam", type=unit_float, help="weight on DPO: switches, clipping, optimizers")
     add("--steps", type=positive_int, help="steps of each run (equal_compute: of Mix)")
     add("--seeds", type=positive_int, help="number of seeds")
@@ -112,7 +112,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     named = list(PARTS) if "all" in arguments.part else dict.fromkeys(arguments.part)
     arguments.part = tuple(named)
     if arguments.problem is not None:
-        arguments.problem = tuple(dict.fromkeys(arguments.problem))
+        arguments.problem = distinct_problems(arguments.problem)
     for name, flag in FLAGS.items():
         kinds = [kind for part in arguments.part for kind in PARTS[part]]
         used = any(name in {field.name for field in fields(kind)} for kind in kinds)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any, Protocol
 
-from theory.cli import OneLineParser, positive_int, unit_float
+from theory.cli import OneLineParser, UserError, positive_int, unit_float
+from theory.feature_file import FeatureFile, is_feature_file
+from theory.plotting.style import short_name
 from theory.problems import PROBLEMS
 
 
@@ -30,13 +32,41 @@ def sweep_parser(name: str, description: str, defaults: SweepConfig) -> OneLineP
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--problem", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS), help="problems")
+    add_problem(parser, list(PROBLEMS))
     add("--lam", nargs="+", type=unit_float, default=list(defaults.lams), help="weights on DPO")
     add("--steps", type=positive_int, default=defaults.num_steps, help="steps of each run")
     add("--seeds", type=positive_int, default=defaults.num_seeds, help="number of seeds")
     add("--out", default=f"figures/{name}", help="directory for the results")
     add("--jobs", type=positive_int, default=2, help="parallel processes")
     return parser
+
+
+def add_problem(parser: OneLineParser, default: list[str] | None, note: str = "") -> None:
+    """`--problem`: names of `PROBLEMS` and feature files, checked before any work starts."""
+    names = ", ".join(PROBLEMS)
+    text = f"any of {names}, or files of python -m llm.features (FILE.npz){note}"
+    parser.add_argument("--problem", nargs="+", type=problem_name, default=default, help=text)
+
+
+def problem_name(text: str) -> str:
+    """A name of `PROBLEMS`, or the path of a feature file that loads."""
+    if is_feature_file(text):
+        try:
+            FeatureFile.load(text)
+        except UserError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+    elif text not in PROBLEMS:
+        names = ", ".join(PROBLEMS)
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {names}, nor a .npz file")
+    return text
+
+
+def distinct_problems(names: list[str]) -> tuple[str, ...]:
+    """Each problem once. Figures and files are named after the stem of a feature file."""
+    problems = tuple(dict.fromkeys(names))
+    if len({short_name(problem) for problem in problems}) < len(problems):
+        raise UserError(f"--problem: two of {', '.join(problems)} have the same file name")
+    return problems
 
 
 def add_refresh_every(parser: OneLineParser, default: int) -> None:
@@ -61,7 +91,7 @@ def parse_sweep(
 def common_fields(arguments: argparse.Namespace) -> dict[str, Any]:
     """The common fields of a configuration; a repeated problem or lam counts once."""
     return {
-        "problems": tuple(dict.fromkeys(arguments.problem)),
+        "problems": distinct_problems(arguments.problem),
         "lams": tuple(dict.fromkeys(arguments.lam)),
         "num_steps": arguments.steps,
         "num_seeds": arguments.seeds,

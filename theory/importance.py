@@ -126,6 +126,8 @@ def enumerate_gradients(objective: StochasticObjective, theta: Array) -> tuple[A
         return gradients, labels / len(rows)
     if isinstance(objective, SoftmaxSFT):
         logits = objective.features @ theta
+        if objective.log_base is not None:
+            logits = logits + objective.log_base
         policy = np.exp(logits - logits.max(axis=1, keepdims=True))
         policy /= policy.sum(axis=1, keepdims=True)
         expected = np.einsum("xy,xyd->xd", policy, objective.features)

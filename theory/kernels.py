@@ -65,7 +65,9 @@ def logistic(
 
 
 @njit(cache=True, nogil=True, fastmath={"reassoc", "contract"})
-def softmax(theta, weights, column, draws, seed_index, offset, features, cumulative, out, losses):
+def softmax(
+    theta, weights, column, draws, seed_index, offset, features, cumulative, log_base, out, losses
+):
     """Prompt x = floor(n u_0), response y from q(.|x) by inversion of u_1, loss = -log pi(y|x)."""
     runs, dim = theta.shape
     prompts, responses = cumulative.shape
@@ -85,8 +87,8 @@ def softmax(theta, weights, column, draws, seed_index, offset, features, cumulat
             logit = 0.0
             for j in range(dim):
                 logit += features[x, k, j] * theta[r, j]
-            policy[k] = logit
-            peak = max(peak, logit)
+            policy[k] = logit + log_base[x, k]
+            peak = max(peak, policy[k])
         total = 0.0
         chosen_logit = policy[y]
         for k in range(responses):
@@ -99,7 +101,7 @@ def softmax(theta, weights, column, draws, seed_index, offset, features, cumulat
                 out[r, j] += scale * features[x, k, j]
 
 
-KERNELS = {(2, 1, 0): quadratic, (2, 1, 1): logistic, (3, 2): softmax}
+KERNELS = {(2, 1, 0): quadratic, (2, 1, 1): logistic, (3, 2, 2): softmax}
 """The kernel of an objective by the dimensions of its data. Compiled code picks it by type, which
 numba can cache on disk; a kernel passed as an argument would be compiled anew in every process."""
 

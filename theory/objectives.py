@@ -233,10 +233,16 @@ class SoftmaxSFT(StochasticObjective):
     A sample draws a prompt uniformly and its demonstration y from q(.|x); its loss is
     -log pi_theta(y|x). `features` (prompts, responses, d) holds phi; `labels` (prompts, responses)
     holds q, rows summing to 1.
+
+    With `log_base` (prompts, responses), log pi_0 up to a constant per prompt, the policy is
+    pi_theta(y|x) proportional to pi_0(y|x) exp(theta . phi(x, y)); without it pi_0 is uniform. A
+    response with log_base = -inf does not exist (so prompts may have different numbers of them):
+    its label must be 0.
     """
 
     features: Array
     labels: Array
+    log_base: Array | None = None
 
     @property
     def dim(self) -> int:
@@ -254,7 +260,24 @@ class SoftmaxSFT(StochasticObjective):
 
     @cached_property
     def _cumulative(self) -> Array:
-        return np.cumsum(self.labels, axis=1)
+        """Of the labels; exactly 1 from the last label on, so that no draw ends behind it."""
+        cumulative = np.cumsum(self.labels, axis=1)
+        return np.where(cumulative < cumulative[:, -1:], cumulative, 1.0)
+
+    @cached_property
+    def _offsets(self) -> Array:
+        return np.zeros_like(self.labels) if self.log_base is None else self.log_base
+
+    @cached_property
+    def _demonstrated_offset(self) -> float:
+        """mean_x E_q log pi_0, the part of f that theta does not reach."""
+        terms = self.labels * np.where(self.labels > 0.0, self._offsets, 0.0)
+        return float(np.sum(terms) / len(self.labels))
+
+    @cached_property
+    def _base(self) -> Array:
+        """pi_0 (prompts, responses)."""
+        return softmax(self._offsets, axis=1)
 
     def value(self, theta: Array) -> Array:
         return self._evaluate(theta)[0]
@@ -277,15 +300,19 @@ class SoftmaxSFT(StochasticObjective):
         """
         points = theta.reshape(-1, self.dim)
         logits = (self._by_response @ points.T).reshape(*self.labels.T.shape, len(points))
+        if self.log_base is not None:
+            logits += self.log_base.T[..., None]
         peak = logits.max(axis=0)
         logits -= peak
         np.exp(logits, out=logits)
         log_normaliser = (np.log(logits.sum(axis=0)) + peak).mean(axis=0)
-        return log_normaliser.reshape(theta.shape[:-1]) - theta @ self._demonstrated, logits
+        demonstrated = theta @ self._demonstrated + self._demonstrated_offset
+        return log_normaliser.reshape(theta.shape[:-1]) - demonstrated, logits
 
     def _policy(self, theta: Array) -> Array:
         """pi_theta(y|x), shape (..., prompts, responses)."""
-        return softmax(np.einsum("xyd,...d->...xy", self.features, theta), axis=-1)
+        logits = np.einsum("xyd,...d->...xy", self.features, theta)
+        return softmax(logits + self._offsets, axis=-1)
 
     def hessian(self, theta: Array) -> Array:
         policy = self._policy(theta)
@@ -295,19 +322,21 @@ class SoftmaxSFT(StochasticObjective):
         """M = max_x diam_x <= 2 Phi; L <= Phi^2 is the lesser of two bounds on Cov_pi[phi].
 
         Popoviciu: its eigenvalues are at most diam_x^2 / 4. Boehning (1992, "Multinomial logistic
-        regression algorithm"): diag(pi) - pi pi' <= (I - 11'/|Y|) / 2 for every pi.
-        diam_x is the largest |phi(x, y) - phi(x, y')|. pi >= exp(-R diam_x)/|Y| on the ball, and a
-        variance under pi is at least |Y| min(pi) times the uniform one, hence
-        mu = eig_min(mean_x exp(-R diam_x) Cov_uniform[phi(x, .)]).
+        regression algorithm"): diag(pi) - pi pi' <= (I - 11'/|Y_x|) / 2 for every pi.
+        diam_x is the largest |phi(x, y) - phi(x, y')|. pi >= exp(-R diam_x) pi_0 on the ball, and a
+        variance under pi is at least min(pi / pi_0) times the one under pi_0, hence
+        mu = eig_min(mean_x exp(-R diam_x) Cov_{pi_0}[phi(x, .)]).
         """
+        exists = self._offsets > -np.inf
         gaps = self.features[:, :, None, :] - self.features[:, None, :, :]
-        diameters = np.linalg.norm(gaps, axis=-1).max(axis=(1, 2))
-        uniform = np.full_like(self.labels, 1.0 / self.labels.shape[1])
+        distances = np.linalg.norm(gaps, axis=-1) * (exists[:, :, None] & exists[:, None, :])
+        diameters = distances.max(axis=(1, 2))
         lowest = np.linalg.eigvalsh(
-            _mean_covariance(self.features, uniform, np.exp(-radius * diameters))
+            _mean_covariance(self.features, self._base, np.exp(-radius * diameters))
         )[0]
-        centred = self.features - self.features.mean(axis=1, keepdims=True)
-        bohning = np.einsum("xyd,xye->de", centred, centred) / (2 * len(self.features))
+        # With weights 1/|Y_x| on the existing responses, (I - 11'/|Y|) is |Y| times the covariance.
+        counts = exists.sum(axis=1)
+        bohning = _mean_covariance(self.features, exists / counts[:, None], counts / 2)
         smoothness = min(np.mean(diameters**2) / 4, np.linalg.eigvalsh(bohning)[-1])
         return Constants(float(diameters.max()), float(smoothness), max(float(lowest), 0.0))
 
@@ -317,7 +346,7 @@ class SoftmaxSFT(StochasticObjective):
 
     @property
     def compiled(self) -> tuple[Kernel, tuple[Any, ...]]:
-        return kernels.softmax, (self.features, self._cumulative)
+        return kernels.softmax, (self.features, self._cumulative, self._offsets)
 
 
 @dataclass(frozen=True, eq=False)

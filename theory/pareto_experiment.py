@@ -37,7 +37,7 @@ from theory.pareto_summary import (
     summary,
 )
 from theory.plotting import pareto as plotting
-from theory.plotting.style import middle
+from theory.plotting.style import middle, short_name
 from theory.problems import make_problem
 from theory.records import save_figure, write_json, write_parquet
 from theory.schedulers import ORDERS
@@ -99,7 +99,7 @@ def figures(
         paths = objective_paths(config, results, problem)
         least = references[problem].least_distance
         figure = plotting.overview_figure(lines, paths, front, least, lam, EVEN_SPLIT)
-        yield f"overview_{problem}", *figure
+        yield f"overview_{short_name(problem)}", *figure
     if PLANE in config.problems:
         optima = ProblemOptima(make_problem(PLANE))
         yield "paths", *plotting.plane_figure(optima, fronts[PLANE], plane_paths(lam), lam)

@@ -2,6 +2,9 @@
 
 Every instance has stochastic labels with both preference orders, so that its minimisers lie inside
 the ball; `tests/test_problems.py` asserts it. Separable data would put them on the boundary.
+
+Besides the names in `PROBLEMS`, the path of a file that `python -m llm.features` wrote (FILE.npz)
+names a problem: the features of a real model on real text.
 """
 
 from __future__ import annotations
@@ -9,12 +12,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit, logit, rel_entr, softmax
 
+from theory.feature_file import FeatureFile, is_feature_file
 from theory.objectives import LogisticDPO, Quadratic, SoftmaxSFT, StochasticObjective, WeightedSum
 from theory.randomness import Stream, generator
 from theory.schedulers import objective_weights
@@ -189,6 +194,29 @@ def softmax_problem(
     )
 
 
+def feature_problem(path: str) -> Problem:
+    """The log-linear policy pi_0(y|x) exp(theta . phi(x, y)) on the candidates in a .npz file.
+
+    f_DPO compares the candidates 0 and 1 of each preference prompt (the reference is pi_0, so that
+    log pi_0 cancels), f_SFT scores the labels of each SFT prompt. `theory.feature_file` has the
+    fields; a missing or damaged file is a `UserError`.
+    """
+    return problem_from_features(FeatureFile.load(path), name=path)
+
+
+def problem_from_features(data: FeatureFile, name: str) -> Problem:
+    differences = data.dpo_features[:, 0] - data.dpo_features[:, 1]
+    return Problem(
+        name=name,
+        objectives=(
+            LogisticDPO(differences, data.preference, data.beta, np.zeros(data.dim)),
+            SoftmaxSFT(data.sft_features, data.sft_labels, data.sft_log_base),
+        ),
+        radius=data.radius,
+        step_scale=data.step_scale,
+    )
+
+
 PROBLEMS: dict[str, Callable[..., Problem]] = {
     "bernoulli": bernoulli,
     "quadratic": quadratic,
@@ -198,16 +226,19 @@ PROBLEMS: dict[str, Callable[..., Problem]] = {
 
 
 def make_problem(name: str, **parameters: Any) -> Problem:
-    """Build a problem by name; an unknown name or parameter is a ValueError."""
-    if name not in PROBLEMS:
-        raise ValueError(f"unknown problem {name!r}; choose from {', '.join(PROBLEMS)}")
-    known = inspect.signature(PROBLEMS[name]).parameters
+    """Build a problem by name or from a file; an unknown name or parameter is a ValueError."""
+    if not is_feature_file(name) and name not in PROBLEMS:
+        raise ValueError(
+            f"unknown problem {name!r}; choose from {', '.join(PROBLEMS)}, or name a .npz file"
+        )
+    build = PROBLEMS.get(name) or partial(feature_problem, path=name)
+    known = [p for p in inspect.signature(build).parameters if p != "path"]
     unknown = sorted(set(parameters) - set(known))
     if unknown:
         raise ValueError(
-            f"problem {name!r} has no {', '.join(unknown)} (it has: {', '.join(known)})"
+            f"problem {name!r} has no {', '.join(unknown)} (it has: {', '.join(known) or 'none'})"
         )
-    return PROBLEMS[name](**parameters)
+    return build(**parameters)
 
 
 def bernoulli_kl(a: float, b: float) -> float:

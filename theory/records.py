@@ -20,7 +20,7 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    _replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def read_json(path: Path) -> Any:
@@ -28,11 +28,11 @@ def read_json(path: Path) -> Any:
 
 
 def write_parquet(path: Path, frame: pd.DataFrame) -> None:
-    _replace(path, lambda temporary: frame.to_parquet(temporary, index=False))
+    write_file(path, lambda temporary: frame.to_parquet(temporary, index=False))
 
 
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write next to `path` and rename: a reader, or a killed run, never sees half a file."""
+def write_file(path: Path, write: Callable[[Path], Any]) -> None:
+    """`write` next to `path` and rename: a reader, or a killed run, never sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -48,7 +48,7 @@ def save_figure(figure: Any, path: Path) -> None:
     with mpl.rc_context({"svg.hashsalt": "joint-sft-dpo"}):
         for suffix, metadata in (("png", {}), ("svg", {"Date": None})):
             save = partial(figure.savefig, format=suffix, dpi=200, metadata=metadata)
-            _replace(path.with_suffix(f".{suffix}"), save)
+            write_file(path.with_suffix(f".{suffix}"), save)
 
 
 def _finite(data: Any) -> Any:

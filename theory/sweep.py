@@ -24,6 +24,7 @@ from joblib import Parallel, delayed, parallel_config
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from theory.feature_file import FeatureFile, is_feature_file
 from theory.metrics import convex_metrics, t_interval
 from theory.optima import ProblemOptima
 from theory.optimizers import Rule
@@ -83,6 +84,8 @@ class Batch:
     def key(self) -> str:
         """Names the batch by everything that determines its result, the code included."""
         fields = {**asdict(self), "rule": repr(self.rule), "code": _code_digest()}
+        if is_feature_file(self.problem):
+            fields["data"] = FeatureFile.digest(self.problem)
         text = json.dumps(fields, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:20]
 

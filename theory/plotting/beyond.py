@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from theory.plotting.style import COLOURS, GAP_NAMES, LABELS, MARKERS, STYLE
+from theory.plotting.style import COLOURS, GAP_NAMES, LABELS, MARKERS, STYLE, short_name
 
 STYLED = mpl.rc_context(STYLE)
 """Decorates a figure: its style holds while it is drawn, and nowhere else."""
@@ -62,7 +62,7 @@ def switches_figure(summary: Summary) -> tuple[Figure, Numbers]:
             numbers.append({"panel": problem, "line": line} | value)
         everything = [value["mean"] for key in ("last", "weighted") for value in data[key]]
         axis.set_ylim(min(everything) / 3, 10 * data["limit"]["mix_gap"])
-        _log_axes(axis, problem, "switches")
+        _log_axes(axis, short_name(problem), "switches")
     axes[0].set_ylabel(GAP_NAMES["mix_gap"])
     _legend(figure, axes[0], ncols=min(3, len(summary) + 1))
     return figure, numbers
@@ -162,7 +162,7 @@ def lockout_figure(summary: Summary) -> tuple[Figure, Numbers]:
             numbers += _curve(axis, periods, data[source], *style, problem)
         axis.axhline(-1.0, color=GREY, lw=0.8, ls=":")
         axis.axhline(0.0, color=GREY, lw=0.5)
-        axis.set(xscale="log", title=problem, xlabel="refresh period $k$")
+        axis.set(xscale="log", title=short_name(problem), xlabel="refresh period $k$")
         axis.set_xticks(periods, [f"{period:,}" for period in periods])
         axis.grid(alpha=0.25, lw=0.5)
     axes[0].set_ylabel(r"slope of $\log\,\delta_1/\delta_2$ in logit λ")
@@ -185,7 +185,7 @@ def plateau_figure(summary: Summary) -> tuple[Figure, Numbers]:
                 _interval_bar(axis, value, row + offset, COLOURS[line], MARKERS[line])
                 numbers.append({"panel": problem, "line": line, "optimiser": name} | value)
         axis.axvline(1.0, color=GREY, lw=0.8, ls=":")
-        axis.set_title(problem)
+        axis.set_title(short_name(problem))
         axis.set_xlim(-0.05, None)
         axis.grid(axis="x", alpha=0.25, lw=0.5)
     names = list(next(iter(next(iter(problems.values())).values()))["optimisers"])

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 
-from theory.plotting.style import COLOURS, GAP_NAMES, LABELS, MARKERS, STYLE, middle
+from theory.plotting.style import COLOURS, GAP_NAMES, LABELS, MARKERS, STYLE, middle, short_name
 
 __all__ = ["convergence_figure", "middle", "slopes_figure"]
 
@@ -76,7 +76,7 @@ def convergence_figure(
                     for step, value in curve.items()
                 ]
                 if metric == "mix_gap":
-                    axis.set_title(problem)
+                    axis.set_title(short_name(problem))
                     for order, limit in limits[problem][f"{lam:g}"].items():
                         axis.axhline(limit["mix_gap"], color=COLOURS[order], lw=0.8, ls=":")
             axes[0].set_ylabel(GAP_NAMES[metric])
@@ -88,7 +88,8 @@ def convergence_figure(
                 handlelength=1.8,
             )
         figure.supxlabel(
-            rf"steps $T$;  $\lambda$ = {lam:g}, $\alpha$-weighted averages, "
+            f"steps $T$;{'  ' if len(problems) > 2 else chr(10)}"
+            rf"$\lambda$ = {lam:g}, $\alpha$-weighted averages, "
             f"{int(rows['seeds'].max())} seeds, 95% intervals",
             fontsize=8,
         )
@@ -144,7 +145,7 @@ def slopes_figure(rates: list[dict[str, Any]], lam: float) -> tuple[Figure, Numb
                 if rate["problem"] == problem:
                     _draw_slope(axis, names.index(rate["method"]), rate)
             axis.axvline(0.0, color="0.6", lw=0.6)
-            axis.set_title(problem)
+            axis.set_title(short_name(problem))
             axis.set_xlabel("slope")
             axis.grid(axis="x", alpha=0.25, lw=0.5)
         axes[0].set_yticks(range(len(names)), [_method_label(name) for name in names])

@@ -11,13 +11,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from theory.plotting.style import COLOURS, GAP_NAMES, LABELS, MARKERS, STYLE
+from theory.plotting.style import COLOURS, GAP_NAMES, LABELS, MARKERS, STYLE, short_name
 
 
 def gap_figure(
     groups: pd.DataFrame, references: dict[str, Any], lam: float, even_split: float
 ) -> tuple[Figure, list[dict[str, Any]]]:
-    """G_Mix (top) and G_Max (bottom) against T, one column per problem, and the numbers drawn."""
+    """G_Mix (top) and G_Max (bottom) against T, one column per problem, and the numbers drawn.
+
+    `best_split` of a number is the mean at the best split of its T, the dashed line.
+    """
     rows = groups[(groups["iterate"] == "weighted") & (groups["lam"] == lam)]
     problems = list(references)
     numbers: list[dict[str, Any]] = []
@@ -32,12 +35,14 @@ def gap_figure(
                 numbers += _draw_panel(axis, table, metric, even_split)
             for order, limit in limits.items():
                 axes[0, column].axhline(limit["mix_gap"], color=COLOURS[order], lw=0.8, ls=":")
-            axes[0, column].set_title(problem)
+            axes[0, column].set_title(short_name(problem))
         for axis, name in zip(axes[:, 0], GAP_NAMES.values(), strict=True):
             axis.set_ylabel(name)
         seeds = int(rows["seeds"].max())
+        wide = len(problems) > 2
         figure.supxlabel(
-            rf"training budget $T$ (steps);  $\lambda$ = {lam:g}, $\alpha$-weighted averages, "
+            f"training budget $T$ (steps);{'  ' if wide else chr(10)}"
+            rf"$\lambda$ = {lam:g}, $\alpha$-weighted averages, "
             f"{seeds} seeds, 95% intervals",
             fontsize=8,
         )
@@ -55,9 +60,10 @@ def _draw_panel(
     numbers = []
     for key, colour in COLOURS.items():
         sequential = key.endswith(("then_sft", "then_dpo"))
+        tuned: dict[int, float] = {}
         rows = table[table["variant"].str.startswith(key) if sequential else table.algorithm == key]
         if sequential:
-            _draw_tuned(axis, rows, metric, colour)
+            tuned = _draw_tuned(axis, rows, metric, colour)
             rows = rows[rows["split"] == even_split]
         rows = rows.sort_values("step")
         mean, low, high = np.array([list(interval) for interval in rows[metric]]).T
@@ -69,6 +75,7 @@ def _draw_panel(
         numbers += [
             {"problem": rows["problem"].iloc[0], "metric": metric, "line": key, "step": int(s)}
             | {"mean": m, "low": lo, "high": hi}
+            | ({"best_split": tuned[s]} if sequential else {})
             for s, m, lo, hi in zip(rows["step"], mean, low, high, strict=True)
         ]
     axis.set_xscale("log")
@@ -77,8 +84,9 @@ def _draw_panel(
     return numbers
 
 
-def _draw_tuned(axis: Axes, rows: pd.DataFrame, metric: str, colour: str) -> None:
+def _draw_tuned(axis: Axes, rows: pd.DataFrame, metric: str, colour: str) -> dict[int, float]:
     """The best split at each T, chosen in hindsight: what tuning can save of sequential."""
     means = rows.assign(mean=[interval.mean for interval in rows[metric]])
     best = means.groupby("step")["mean"].min()
     axis.plot(best.index, best, color=colour, ls="--", lw=0.9)
+    return {int(step): float(mean) for step, mean in best.items()}

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from theory.metrics import mix_value
 from theory.optima import ProblemOptima
 from theory.pareto import Front
-from theory.plotting.style import COLOURS, LABELS, MARKERS, STYLE
+from theory.plotting.style import COLOURS, LABELS, MARKERS, STYLE, short_name
 from theory.schedulers import ORDERS
 
 Numbers = list[dict[str, Any]]
@@ -44,7 +44,7 @@ def front_figure(
                 if (record["problem"], record["iterate"]) == (problem, "weighted"):
                     numbers.append({key: record[key] for key in ("problem", "line", "points")})
                     _draw_end_points(axis, record)
-            axis.set_title(problem)
+            axis.set_title(short_name(problem))
             axis.set_xlabel(r"$f_{\mathrm{DPO}}$")
         axes[0].set_ylabel(r"$f_{\mathrm{SFT}}$")
         ncols = 4 if len(fronts) > 2 else 2
@@ -129,7 +129,7 @@ def overview_figure(
             steps = path.reset_index().to_dict(orient="list")
             numbers.append({"problem": problem, "panel": "paths", "line": name, **steps})
         left.set(xlabel=r"$f_{\mathrm{DPO}}$", ylabel=r"$f_{\mathrm{SFT}}$")
-        left.set_title(f"(a) paths, {problem}")
+        left.set_title(f"(a) paths, {short_name(problem)}")
         _draw_gaps(middle, points, least_distance)
         _draw_costs(right, points)
         handles = [
@@ -191,15 +191,26 @@ def plane_figure(
 
     `paths` maps a line to (steps, seeds, 2). The grey curve joins the minimisers of f_Mix over lam.
     """
+    seeds = next(iter(paths.values())).shape[1]
+    views = {
+        "one run": {name: path[:, 0] for name, path in paths.items()},
+        f"mean of {seeds} runs": {name: path.mean(axis=1) for name, path in paths.items()},
+    }
+    return plane_views_figure(optima, front, views, lam)
+
+
+def plane_views_figure(
+    optima: ProblemOptima,
+    front: Front,
+    views: Mapping[str, Mapping[str, NDArray[np.float64]]],
+    lam: float,
+) -> tuple[Figure, Numbers]:
+    """The same from the two views, the first of one run: title to line to path, (steps, 2)."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(6.6, 3.5), layout="constrained")
         axes = figure.subplots(1, 2, sharex=True, sharey=True)
-        seeds = next(iter(paths.values())).shape[1]
-        views = {
-            "one run": {name: path[:, 0] for name, path in paths.items()},
-            f"mean of {seeds} runs": {name: path.mean(axis=1) for name, path in paths.items()},
-        }
-        everything = np.concatenate([*views["one run"].values(), front.theta])
+        one_run = next(iter(views.values()))
+        everything = np.concatenate([*one_run.values(), front.theta])
         low, high = everything.min(axis=0) - 0.25, everything.max(axis=0) + 0.25
         for axis, (title, view) in zip(axes, views.items(), strict=True):
             _draw_contours(axis, optima, lam, low, high)
@@ -213,7 +224,7 @@ def plane_figure(
         axes[0].set_ylabel(r"$\theta_2$")
         handles = [
             Line2D([], [], color=COLOURS[name], marker=MARKERS[name], ms=4, label=LABELS[name])
-            for name in paths
+            for name in one_run
         ]
         handles.append(Line2D([], [], color="0.35", lw=1.2, label=r"minimisers over $\lambda$"))
         figure.legend(handles=handles, loc="outside upper center", ncols=6, columnspacing=0.9,

@@ -7,6 +7,7 @@ same colour, marker and label in every figure.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 COLOURS = {
@@ -34,6 +35,11 @@ STYLE: dict[Any, Any] = {
     "lines.markersize": 3.2,
     "legend.frameon": False,
 }
+
+
+def short_name(problem: str) -> str:
+    """A problem's name in titles and file names: of a feature file, the stem."""
+    return Path(problem).stem
 
 
 def middle(lams: Sequence[float]) -> float:
