@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from llm.attention import PLAN_ARGUMENT, packed_attention, transformers_model
-from llm.losses import token_logps
+from llm.losses import IGNORE_INDEX, label_logps
 
 LOGITS_BYTES = 2**28
 """Float32 logits held at once. More than this is computed in chunks and again in the backward."""
@@ -61,8 +60,10 @@ def _padded(model: torch.nn.Module, batch: Mapping[str, Any]) -> ResponseLogps:
     output = model(
         input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
     )
-    values, mask = token_logps(output.logits, batch["labels"])
-    return ResponseLogps(values[mask], mask.nonzero()[:, 0], len(mask))
+    targets = batch["labels"][:, 1:]
+    mask = targets != IGNORE_INDEX
+    values = label_logps(output.logits[:, :-1][mask], targets[mask])
+    return ResponseLogps(values, mask.nonzero()[:, 0], len(mask))
 
 
 def _packed(model: torch.nn.Module, batch: Mapping[str, Any]) -> ResponseLogps:
@@ -79,7 +80,7 @@ def _packed(model: torch.nn.Module, batch: Mapping[str, Any]) -> ResponseLogps:
         with _scoring(inner, targets):
             values = model(**inputs).logits.reshape(-1)
     else:
-        values = _score(model(**inputs).logits, targets)
+        values = label_logps(model(**inputs).logits[0], targets)
     count = len(batch["plan"].lengths)
     return ResponseLogps(values, batch["owners"], count)
 
@@ -142,20 +143,13 @@ def _in_chunks(
 ) -> Tensor:
     rows = max(1, LOGITS_BYTES // (4 * vocabulary))
     if len(targets) <= rows:
-        return _score(logits_of(hidden), targets).reshape(1, -1, 1)
+        return label_logps(logits_of(hidden)[0], targets).reshape(1, -1, 1)
 
     def score(part: Tensor, ids: Tensor) -> Tensor:
-        return _score(logits_of(part), ids)
+        return label_logps(logits_of(part)[0], ids)
 
     parts = [
         checkpoint(score, part, ids, use_reentrant=False)
         for part, ids in zip(hidden.split(rows, dim=1), targets.split(rows), strict=True)
     ]
     return torch.cat(parts).reshape(1, -1, 1)
-
-
-def _score(logits: Tensor, targets: Tensor) -> Tensor:
-    """log softmax(logits)[targets], float32 as in `llm.losses.token_logps`: (N,)."""
-    logits = logits.reshape(len(targets), -1)
-    promoted = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return -F.cross_entropy(promoted, targets, reduction="none")

@@ -57,12 +57,19 @@ def token_logps(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     mask = targets != IGNORE_INDEX
     # Choosing the labelled positions first keeps the float32 copy at (response tokens, V) instead
     # of (B, T, V), and keeps whatever the model computed on padding out of value and gradient.
-    # bfloat16 has 8 bits of mantissa: a log-probability near -10 would be off by up to 0.03, and a
-    # sum over hundreds of tokens by more than the margin h that DPO looks at, hence float32.
-    selected = logits[:, :-1][mask].to(torch.promote_types(logits.dtype, torch.float32))
-    chosen = selected.gather(-1, targets[mask].unsqueeze(-1)).squeeze(-1)
-    values = chosen - torch.logsumexp(selected, dim=-1)
+    values = label_logps(logits[:, :-1][mask], targets[mask])
     return values.new_zeros(targets.shape).masked_scatter(mask, values), mask
+
+
+def label_logps(logits: Tensor, labels: Tensor) -> Tensor:
+    """log softmax(logits)[labels] of each row: logits (N, V), labels (N,), result (N,).
+
+    float32 whatever the type of the logits (float64 stays float64): bfloat16 has 8 bits of
+    mantissa, so a log-probability near -10 would be off by up to 0.03, and a sum over hundreds of
+    tokens by more than the margin h that DPO looks at.
+    """
+    promoted = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return -F.cross_entropy(promoted, labels, reduction="none")
 
 
 def sequence_logps(logits: Tensor, labels: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ def open_streams(
             rank=args.process_index,
             world_size=args.world_size,
             max_tokens=max_tokens,
-            lengths=() if max_tokens is None else [row_tokens(row) for row in rows],
+            lengths=[row_tokens(row) for row in rows],
         )
         for task, rows in train_rows.items()
     }

@@ -30,7 +30,7 @@ from llm.data import fingerprint_rows
 from llm.identity import STATE_KEY, Identity, check_resume, run_identity
 from llm.kl import ReferenceSamples
 from llm.objectives import Batch, Row, Terms, move
-from llm.packing import row_tokens, to_device
+from llm.packing import to_device
 from llm.reporting import Objectives, ReportingTrainer, RowSets
 from llm.streams import open_streams, steps_per_epoch
 from llm.values import share_of_rank, summed_loss
@@ -129,7 +129,7 @@ class JointTrainer(ReportingTrainer):
         self.decisions.append(weights.tolist())
         self.step_weights = weights
         batches: list[dict[str, Any]] = [{"weights": weights.tolist()} for _ in range(num_batches)]
-        counts = torch.zeros(len(Task))
+        counts = [0] * len(Task)
         for task in self.stepped:
             drawn = self._draw(task, num_batches)
             counts[task] = sum(self.objectives[task].items(rows) for rows in drawn)
@@ -140,17 +140,18 @@ class JointTrainer(ReportingTrainer):
                 collated = self.objectives[task].collate(rows, self.pad_token_id)
                 batch[task.label] = move(collated, device)
         self._forwarded = {}  # what the probe computed for the objective that lost is dropped here
-        items = self._sum_over_ranks(to_device(counts, device))
+        items = self._sum_over_ranks(to_device(torch.tensor(counts, dtype=torch.float32), device))
         for batch in batches:
             batch["items"] = items
         self._step_losses = {}
         return batches, items.sum()
 
     def _draw(self, task: Task, num_batches: int) -> list[list[Row]]:
-        batches = self._peek(task, num_batches)
-        self.streams[task].advance(num_batches)
+        batches, stream = self._peek(task, num_batches), self.streams[task]
+        drawn = (row for batch in stream.peek(num_batches) for row in batch)
+        self._tokens_drawn[task] += sum(stream.lengths[row] for row in drawn)
         self.steps_taken[task] += 1
-        self._tokens_drawn[task] += sum(row_tokens(row) for batch in batches for row in batch)
+        stream.advance(num_batches)
         return batches
 
     def _peek(self, task: Task, num_batches: int) -> list[list[Row]]:
@@ -208,7 +209,7 @@ class JointTrainer(ReportingTrainer):
     ) -> torch.Tensor:
         """This micro-batch's share of sum_i w_i f_i of the step."""
         self.clock.switch("forward")
-        loss = torch.zeros((), device=self.args.device)
+        loss: torch.Tensor | None = None
         for task in Task:
             if task.label not in inputs:
                 continue
@@ -218,10 +219,12 @@ class JointTrainer(ReportingTrainer):
             share = terms.total / inputs["items"][task]
             self._step_losses[task] = self._step_losses.get(task, 0.0) + share.detach()
             self._meter(task, terms.sums)
-            loss = loss + inputs["weights"][task] * share
+            # Data-parallel wrappers average gradients over ranks; the shares are to be summed.
+            weighted = share * (inputs["weights"][task] * self.args.world_size)
+            loss = weighted if loss is None else loss + weighted
         self.clock.switch("backward")
-        # Data-parallel wrappers average gradients over ranks; the shares are to be summed.
-        return loss * self.args.world_size
+        assert loss is not None  # no schedule leaves a step without an objective
+        return loss
 
     def _close_step(self) -> None:
         """After the optimiser step: hand the losses to the scheduler, and meter them."""
@@ -237,8 +240,14 @@ class JointTrainer(ReportingTrainer):
             self._meter(task, {"loss": (value * self.args.world_size, 1)})
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        batches = (inputs[task.label] for task in Task if task.label in inputs)
-        return sum(super(JointTrainer, self).floating_point_ops(batch) for batch in batches)
+        batches = (inputs.get(task.label, {}) for task in Task)
+        tokens = sum(batch["input_ids"].numel() for batch in batches if "input_ids" in batch)
+        return self._flops_per_token * tokens
+
+    @cached_property
+    def _flops_per_token(self) -> int:
+        """transformers' estimate, which walks over all parameters: taken once."""
+        return int(super().floating_point_ops({"input_ids": torch.zeros(1, 1)}))
 
     # ----------------------------------------------------------------------------- checkpoints
 
