@@ -1,0 +1,151 @@
+"""The parent's side: worker processes, and rounds that are taken in turn.
+
+On a CPU all contenders of a group are alive at once and take their rounds in turn, so that what
+disturbs the machine for a while disturbs them alike, and a ratio is one of two rounds side by side.
+On CUDA they run one after the other: each is to have the memory for itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from llm.benchmark.plan import Job
+from llm.objectives import Row
+from theory.tasks import Task
+
+Record = dict[str, Any]
+Say = Callable[[str], None]
+_LIMITS = ("OMP", "OPENBLAS", "MKL", "NUMEXPR")
+
+
+class Worker:
+    """A contender's process. `record` fills while it answers; `failed` says why it stopped."""
+
+    def __init__(self, name: str, job: Job, rows: Mapping[Task, Sequence[Row]]) -> None:
+        self.name, self.job = name, job
+        self.record: Record = {"steps_per_round": job.steps, "seconds": [], "rounds": []}
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed in `close`)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "llm.benchmark.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            env=os.environ | {f"{name}_NUM_THREADS": str(job.threads) for name in _LIMITS},
+        )
+        data = {task.label: list(rows[task]) for task in rows}
+        self._send(json.dumps({"job": asdict(job), "rows": data}))
+
+    def wait(self) -> None:
+        """Until the trainer stands, or cannot."""
+        answer = self._answer()
+        self.record |= {key: answer[key] for key in ("before_mib", "notes") if key in answer}
+
+    @property
+    def failed(self) -> str | None:
+        return self.record.get("failed")
+
+    def round(self, warm_up: bool) -> None:
+        if self.failed:
+            return
+        self._send("go")
+        answer = self._answer()
+        if not self.failed:
+            self.record["steps_per_round"] = answer["steps"]
+            if warm_up:
+                self.record["warm_up_seconds"] = answer["seconds"]
+            else:
+                self.record["seconds"].append(answer.pop("seconds"))
+                self.record["rounds"].append(answer)
+
+    def finish(self) -> None:
+        if not self.failed:
+            self.record |= self._answer()
+
+    def close(self) -> None:
+        """End the process: at once if it is in the middle of something, else by itself."""
+        if "peak_mib" not in self.record:
+            self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout, self._log):
+            if stream is not None and not stream.closed:
+                stream.close()
+
+    def _send(self, line: str) -> None:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(line + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # the missing answer says so
+
+    def _answer(self) -> Record:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        answer = json.loads(line) if line else {"failed": self._last_words()}
+        if "failed" in answer:
+            self.record["failed"] = answer["failed"]
+        return answer
+
+    def _last_words(self) -> str:
+        self._log.seek(0)
+        lines = self._log.read().strip().splitlines() or ["no message"]
+        return f"the process ended with status {self._process.wait()}: {lines[-1]}"
+
+
+def measure(
+    jobs: Mapping[str, Job],
+    rows: Mapping[Task, Sequence[Row]],
+    say: Say,
+    deadline: float = float("inf"),
+) -> dict[str, Record]:
+    """The record of every contender; one that the deadline (of time.monotonic) leaves out fails."""
+    together = all(job.device == "cpu" for job in jobs.values())
+    names = list(jobs)
+    records: dict[str, Record] = {}
+    for part in [names] if together else [[name] for name in names]:
+        if time.monotonic() > deadline:
+            records |= {name: {"failed": "not run: the time limit was reached"} for name in part}
+            continue
+        records |= _measure_in_turn({name: jobs[name] for name in part}, rows, say)
+    for name, record in records.items():
+        if "failed" in record:
+            say(f"  {name}: {record['failed']}")
+    return records
+
+
+def _measure_in_turn(
+    jobs: Mapping[str, Job], rows: Mapping[Task, Sequence[Row]], say: Say
+) -> dict[str, Record]:
+    workers: list[Worker] = []
+    try:
+        for name, job in jobs.items():
+            workers.append(Worker(name, job, rows))
+        for worker in workers:
+            worker.wait()
+        rounds = max(job.rounds for job in jobs.values())
+        for number in range(rounds + 1):
+            for worker in workers:
+                worker.round(warm_up=number == 0)
+            say(f"  round {number} of {rounds}: {', '.join(map(_last_round, workers))}")
+        for worker in workers:
+            worker.finish()
+    finally:
+        for worker in workers:
+            worker.close()
+    return {worker.name: worker.record for worker in workers}
+
+
+def _last_round(worker: Worker) -> str:
+    if worker.failed:
+        return f"{worker.name} failed"
+    seconds = [worker.record["warm_up_seconds"], *worker.record["seconds"]][-1]
+    return f"{worker.name} {seconds:.2f} s"
