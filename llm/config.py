@@ -83,17 +83,17 @@ def parse(argv: Sequence[str]) -> RunConfig:
     parser.add_argument("--config", help="YAML file with values for any of these flags.")
     recipe = _recipe(argv)
     known = {action.dest for action in parser._actions} - {"config", "help"}
-    defaults = _as_flags(recipe, known)
+    defaults = as_flags(recipe, known)
     model, data, training, rest = parser.parse_args_into_dataclasses(
         [*defaults, *argv], look_for_args_file=False
     )
     del rest  # the namespace that holds --config
     config = RunConfig(model, data, training)
-    _check(config, explicit=_named(argv if recipe == TINY_RECIPE else [*defaults, *argv]))
+    _check(config, explicit=named_flags(argv if recipe == TINY_RECIPE else [*defaults, *argv]))
     return config
 
 
-def _named(tokens: Sequence[str]) -> set[str]:
+def named_flags(tokens: Sequence[str]) -> set[str]:
     """The names of the flags among `tokens`; `--refresh-every` is `refresh_every`."""
     return {t.split("=")[0][2:].replace("-", "_") for t in tokens if t.startswith("--")}
 
@@ -105,10 +105,10 @@ def _recipe(argv: Sequence[str]) -> Path | None:
             return Path(argv[i + 1])
         if token.startswith("--config="):
             return Path(token.removeprefix("--config="))
-    return None if "model_name_or_path" in _named(argv) else TINY_RECIPE
+    return None if "model_name_or_path" in named_flags(argv) else TINY_RECIPE
 
 
-def _as_flags(recipe: Path | None, known: set[str]) -> list[str]:
+def as_flags(recipe: Path | None, known: set[str]) -> list[str]:
     """A YAML mapping as command-line tokens, so that the same parser checks both."""
     if recipe is None:
         return []

@@ -1,0 +1,209 @@
+"""A run of a comparison: what decides it, and the training that turns it into a record."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import (
+    PrinterCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from llm.config import RunConfig
+from llm.optima import Optimum
+from llm.run import new_trainer
+from llm.setup import Setup
+from llm.trainer import JointTrainer
+from theory.cli import UserError
+from theory.schedulers import ORDERS, Sequential, scheduler_options
+from theory.tasks import Task
+
+Record = dict[str, Any]
+"""Plain data: `run`, `failed` (a reason or null) and what was measured."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run; with the problem and the shared settings, its fields decide its result."""
+
+    algorithm: str
+    steps: int
+    learning_rate: float
+    seed: int
+    lam: float | None = None
+    order: str | None = None
+    split: float | None = None
+    optimum: Optimum | None = None
+    path: bool = True
+    """Whether the held-out losses are measured along the way, not at the end only."""
+
+    @property
+    def line(self) -> str:
+        """The order of sequential training, else the algorithm."""
+        return self.order or self.algorithm
+
+    @property
+    def knob(self) -> float | None:
+        return self.lam if self.split is None else self.split
+
+    @property
+    def label(self) -> str:
+        knob = "" if self.knob is None else f"-{self.knob:g}"
+        return f"{self.line}{knob}-rate{self.learning_rate:g}-steps{self.steps}-seed{self.seed}"
+
+    def key(self, shared: str) -> str:
+        """Names the run, given a fingerprint of everything that the runs share."""
+        text = json.dumps({"run": asdict(self), "shared": shared}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+    def with_seed(self, seed: int) -> Run:
+        return replace(self, seed=seed)
+
+    def with_steps(self, steps: int) -> Run:
+        return replace(self, steps=steps)
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> Run:
+        optimum = fields["optimum"]
+        return cls(**fields | {"optimum": None if optimum is None else tuple(optimum)})
+
+
+def line_run(line: str, knob: float, optimum: Optimum, **fields: Any) -> Run:
+    """A run of a line (an order or a joint algorithm) at its split or lam."""
+    if line in ORDERS:
+        return Run("sequential", order=line, split=knob, **fields)
+    reads_optimum = "optimum" in scheduler_options(line)
+    return Run(line, lam=knob, optimum=optimum if reads_optimum else None, **fields)
+
+
+def configure(config: RunConfig, run: Run, folder: Path) -> RunConfig:
+    """The shared settings with those of one run."""
+    training = replace(
+        config.training,
+        algo=run.algorithm,
+        lam=run.lam,
+        order=run.order,
+        split=run.split,
+        seed=run.seed,
+        data_seed=None,
+        max_steps=run.steps,
+        learning_rate=run.learning_rate,
+        eval_strategy=config.training.eval_strategy if run.path else "no",
+        output_dir=str(folder),
+        save_strategy="no",
+        load_best_model_at_end=False,
+        report_to=[],
+        disable_tqdm=True,
+    )
+    return replace(config, training=training)
+
+
+def train(setup: Setup, config: RunConfig, run: Run, folder: Path, keep_model: bool) -> Record:
+    """Train one run; a loss that is not finite makes a record that says so."""
+    record: Record = {"run": asdict(run), "failed": None}
+    own = configure(config, run, folder)
+    # Without a bar of its own, Trainer prints every log line; they are in metrics.jsonl.
+    with open(os.devnull, "w") as sink, redirect_stdout(sink):
+        trainer = new_trainer(setup, own, run.optimum)
+        trainer.remove_callback(PrinterCallback)
+        path = PathRecorder(trainer)
+        trainer.add_callback(path)
+        try:
+            path.add(trainer.held_out())
+            trainer.train()
+            path.close(trainer.held_out)
+        except UserError as error:
+            return record | {"failed": " ".join(str(error).split())}
+        if keep_model:
+            trainer.save_model()
+    return record | measurements(trainer, path)
+
+
+def measurements(trainer: JointTrainer, path: PathRecorder) -> Record:
+    seconds = dict(trainer.clock.seconds)
+    period = getattr(trainer.scheduler, "refresh_every", 1)
+    at_probes = trainer.decisions[::period] if trainer.probes else []
+    ends = path.points[-1]
+    return {
+        "f_dpo": ends["f_dpo"],
+        "f_sft": ends["f_sft"],
+        "held_out": path.metrics,
+        "path": path.points,
+        "stage_end": path.stage_end,
+        "steps": {task.label: n for task, n in trainer.steps_taken.items()},
+        "tokens": {task.label: n for task, n in trainer.tokens_seen.items()},
+        "rows": {task.label: stream.consumed for task, stream in trainer.streams.items()},
+        "probes": trainer.probes,
+        "probe_dpo_wins": sum(weights[Task.DPO] > 0.0 for weights in at_probes),
+        "seconds": sum(seconds.values()) - seconds["evaluation"],
+        "seconds_in": seconds,
+    }
+
+
+class PathRecorder(TrainerCallback):
+    """Held-out losses along a run, with what had been spent by then.
+
+    Evaluates where --eval_steps says and at the boundary of the stages of a sequence.
+    """
+
+    def __init__(self, trainer: JointTrainer) -> None:
+        self.trainer = trainer
+        self.points: list[dict[str, float]] = []
+        self.stage_end: dict[str, float] | None = None
+        self.metrics: dict[str, float] = {}
+        schedule = trainer.scheduler
+        stages = schedule.first_steps if isinstance(schedule, Sequential) else None
+        self.boundary = stages if isinstance(stages, int) else None
+        self._begin = self._step_end = time.perf_counter()
+        self._evaluating = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._begin = self._step_end = time.perf_counter()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._step_end = time.perf_counter()
+        if state.global_step == self.boundary:
+            control.should_evaluate = True
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        metrics = kwargs["metrics"]
+        self.add({name.removeprefix("eval_"): value for name, value in metrics.items()})
+        if state.global_step == self.boundary:
+            self.stage_end = self.points[-1]
+        self._evaluating += time.perf_counter() - self._step_end
+
+    def close(self, held_out: Any) -> None:
+        """Measure the end point, unless the last evaluation was there."""
+        if self.points[-1]["step"] < self.trainer.state.global_step:
+            self.add(held_out())
+
+    def add(self, metrics: dict[str, float]) -> None:
+        trainer = self.trainer
+        trainer._count_tokens()
+        point: dict[str, float] = {
+            "step": trainer.state.global_step,
+            "seconds": self._step_end - self._begin - self._evaluating,
+            "probes": trainer.probes,
+        }
+        for task in Task:
+            point[f"f_{task.label}"] = metrics[f"{task.label}_loss"]
+            point[f"{task.label}_steps"] = trainer.steps_taken.get(task, 0)
+            point[f"{task.label}_tokens"] = trainer.tokens_seen.get(task, 0)
+        self.points.append(point)
+        self.metrics = dict(metrics)

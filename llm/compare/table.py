@@ -1,0 +1,143 @@
+"""The table of a comparison, for a reader of Markdown and for the terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from llm.compare.settings import EVEN
+from llm.compare.summary import Summary
+from theory.plotting.style import LABELS
+from theory.schedulers import ORDERS
+
+TITLES = {"steps": "Equal steps", "compute": "Equal compute"}
+COLUMNS = {
+    "f_dpo": "f_DPO",
+    "f_sft": "f_SFT",
+    "gap_dpo": "gap DPO",
+    "gap_sft": "gap SFT",
+    "ideal_distance": "ideal distance",
+    "f_mix": "f_Mix at the weight",
+}
+
+
+def markdown(summary: Summary) -> str:
+    return "\n".join([*_head(summary), *_body(summary), ""])
+
+
+def _head(summary: Summary) -> Iterator[str]:
+    optima, costs = summary["optima"], summary["costs"]
+    yield f"# Comparison: {summary['problem']}, {summary['seeds']} seeds, 95% t-intervals\n"
+    yield (
+        f"Held-out losses in nats; f_DPO* = {optima['dpo']:.4f}, f_SFT* = {optima['sft']:.4f} "
+        f"({optima['source']}). The weight is lam, or the share of the steps on DPO. A step costs "
+        f"{costs['sft_step']:.3g} (SFT), {costs['dpo_step']:.3g} (DPO), a probe of both "
+        f"{costs['probe']:.3g} forward passes of an SFT step. Learning rates tuned: "
+        f"{summary['tuning']['criterion']}{_rule(summary['tuning'])}.\n"
+    )
+
+
+def _body(summary: Summary) -> Iterator[str]:
+    for budget in dict.fromkeys(entry["budget"] for entry in summary["settings"]):
+        yield f"## {TITLES[budget]}\n"
+        yield from _rows(summary, budget)
+        yield ""
+    yield "## Forgetting in the second stage\n"
+    yield "| order | split | budget | objective | end of its stage | end | rise |"
+    yield "|---|---|---|---|---|---|---|"
+    for entry in summary["forgetting"]:
+        cells = [_cell(entry[key]) for key in ("after_first_stage", "after_second_stage", "rise")]
+        names = (LABELS[entry["order"]], f"{entry['split']:g}", entry["budget"])
+        yield _line(*names, entry["objective"].upper(), *cells)
+    yield ""
+    yield from _tuning(summary["tuning"])
+    for warning in summary["warnings"]:
+        yield f"- {warning}"
+
+
+def _rule(tuning: Summary) -> str:
+    if not tuning["least_progress"]:
+        return ""
+    return (
+        f", among the rates that take each objective alone {tuning['least_progress']:.0%} of the "
+        "way to f*"
+    )
+
+
+def _tuning(tuning: Summary) -> Iterator[str]:
+    """f_Mix at every rate; the chosen one is bold."""
+    if not tuning["lines"]:
+        return
+    rates = list(next(iter(tuning["lines"].values()))["f_mix"])
+    yield f"## Tuning: f_Mix({EVEN}) at each learning rate\n"
+    yield _line("algorithm", *rates)
+    yield _line(*("---" for _ in ("", *rates)))
+    for line, tuned in tuning["lines"].items():
+        chosen = f"{tuning['chosen'][line]:g}"
+        cells = {rate: f"{value:.4f}" for rate, value in tuned["f_mix"].items()}
+        yield _line(LABELS[line], *(f"**{c}**" if r == chosen else c for r, c in cells.items()))
+    if tuning["progress"]:
+        shares = (f"{tuning['progress'].get(rate, 0.0):.0%}" for rate in rates)
+        yield _line("way to f*, alone", *shares)
+    yield ""
+
+
+def _rows(summary: Summary, budget: str) -> Iterator[str]:
+    head = ("algorithm", "lam or split", "rate", "steps", *COLUMNS.values(), "cost", "s per step")
+    yield _line(*head)
+    yield _line(*("---" for _ in head))
+    for entry in summary["settings"]:
+        if entry["budget"] == budget:
+            knob = f"{'split' if entry['line'] in ORDERS else 'lam'} {entry['knob']:g}"
+            failed = f" ({entry['failed']} failed)" if entry["failed"] else ""
+            yield _line(
+                LABELS[entry["line"]] + failed,
+                knob,
+                f"{entry['learning_rate']:g}",
+                str(entry["num_steps"]),
+                *(_cell(entry[name]) for name in COLUMNS),
+                _cell(entry["cost"], "{:.0f}"),
+                _cell(entry["seconds_per_step"], "{:.4f}"),
+            )
+
+
+def _line(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _cell(interval: dict[str, float] | None, form: str = "{:.3f}") -> str:
+    """Mean and half-width; without seeds for an interval, the mean alone."""
+    if interval is None:
+        return "-"
+    half = interval["high"] - interval["mean"]
+    mean = form.format(interval["mean"])
+    return f"{mean} ± {form.format(half)}" if math.isfinite(half) else mean
+
+
+def report(summary: Summary) -> str:
+    """The middle of the table in a terminal, forgetting and warnings."""
+    optima = summary["optima"]
+    lines = [f"\noptima: f_DPO* {optima['dpo']:.4f}, f_SFT* {optima['sft']:.4f}; at 1/2:"]
+    lines.append(f"{'':<14}{'budget':<9}{'rate':>9}{'steps':>7}{'gap DPO':>18}{'gap SFT':>18}"
+                 f"{'ideal distance':>18}")  # fmt: skip
+    knobs = [entry["knob"] for entry in summary["settings"]]
+    middle = min(knobs, key=lambda knob: abs(knob - EVEN))
+    lines += [_terminal_line(e) for e in summary["settings"] if e["knob"] == middle]
+    lines += [_forgetting_line(entry) for entry in summary["forgetting"]]
+    return "\n".join([*lines, *(f"warning: {warning}" for warning in summary["warnings"])])
+
+
+def _terminal_line(entry: dict[str, Any]) -> str:
+    cells = (_cell(entry[name]) for name in ("gap_dpo", "gap_sft", "ideal_distance"))
+    return (
+        f"{LABELS[entry['line']]:<14}{entry['budget']:<9}{entry['learning_rate']:>9.3g}"
+        f"{entry['num_steps']:>7}" + "".join(f"{cell:>18}" for cell in cells)
+    )
+
+
+def _forgetting_line(entry: dict[str, Any]) -> str:
+    return (
+        f"forgetting, {LABELS[entry['order']]}, split {entry['split']:g}, equal {entry['budget']}: "
+        f"f_{entry['objective'].upper()} rises by {_cell(entry['rise'])}"
+    )

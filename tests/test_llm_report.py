@@ -1,0 +1,405 @@
+"""The HTML page: whole, self-contained, escaped, and with the numbers that were recorded."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shlex
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from _text import write_jsonl
+from _tiny import TOKENIZER, make_policy, short_run
+
+from llm import embedded
+from llm.compare.__main__ import main as compare
+from llm.config import parse
+from llm.pretrain.__main__ import main as pretrain
+from llm.report.__main__ import FILE, main, report
+from llm.report.command import SET_BY_THE_MACHINE, command
+from llm.report.page import Html, figure, markdown, table, text
+from llm.report.record import read_run
+from llm.run import CONFIG_FILE, NOT_PART_OF_A_RUN
+from llm.run import main as run
+from theory.cli import UserError
+from theory.plotting.run import curve, decisions_figure, dpo_shares, losses_figure, window_means
+
+VOID = {"meta", "link", "br", "img", "hr"}
+NASTY = "<script>alert('x')</script> & \"quoted\""
+
+
+class Page(HTMLParser):
+    """Collects what a page says, and complains about elements that do not close."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.rows: list[list[str]] = []
+        self.text = ""
+        self.feed(source)
+        self.close()
+        assert not self.open, f"not closed: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] == "style":
+            return
+        self.text += data
+        if {"td", "th"} & set(self.open):
+            self.rows[-1][-1] += data
+
+    def row(self, name: str) -> list[str]:
+        (found,) = [row for row in self.rows if row and row[0] == name]
+        return found[1:]
+
+
+def assert_self_contained(source: str, page: Page) -> None:
+    assert not [tag for tag, _ in page.tags if tag in ("script", "link", "img", "iframe")]
+    for tag, attributes in page.tags:
+        for name, value in attributes.items():
+            assert not name.startswith("on"), (tag, name)
+            if name in ("src", "href", "xlink:href"):
+                assert str(value).startswith("#"), (tag, value)
+    assert not re.search(r"url\((?!#)|@import", source)
+    names = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(names) == len(set(names))  # the drawings do not take each other's definitions
+    used = re.findall(r"url\(#([^)]*)\)|href=\"#([^\"]*)\"", source)
+    assert {first or second for first, second in used} <= set(names)
+
+
+# -------------------------------------------------------------------------------------------- runs
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Finished runs of several kinds, the same one as if killed, and a pretraining."""
+    root = tmp_path_factory.mktemp("runs")
+    (root / "optima.json").write_text('{"dpo": 0.3, "sft": 0.1}')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("llm.embedded.BASE_STEPS", 4)
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", root / "cache")
+        optima = ("--optima", str(root / "optima.json"))
+        flags = (*optima, "--refresh_every", "3", "--save_strategy", "steps", "--save_steps", "4")
+        run(short_run(root / "maxright", "--algo", "maxright", *flags))
+        run(short_run(root / "sequential", "--algo", "sequential", "--optima", "none"))
+        _own_data(root)
+        pretrain(_pretraining(root / "pretrained"))
+    killed = shutil.copytree(root / "maxright", root / "killed")
+    for name in ("joint_summary.json", "schedule.json", "README.md"):
+        (killed / name).unlink()
+    shutil.rmtree(killed / "checkpoint-8")
+    with (killed / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "dpo_lo')
+    return {path.name: path for path in root.iterdir() if path.is_dir()}
+
+
+def _own_data(root: Path) -> None:
+    """A run on files whose names are markup, with rows that are dropped."""
+    make_policy().save_pretrained(root / "model")
+    TOKENIZER.save_pretrained(root / "model")
+    corpus = embedded.generate_corpus(train_rows=40, eval_rows=10)
+    rows = [*corpus.sft_train, {"prompt": "a lamp", "completion": " "}]
+    data = root / "<img src=x onerror=alert(1)>"
+    data.mkdir()
+    flags = ["--model_name_or_path", str(root / "model"), "--sft_dataset"]
+    flags += [write_jsonl(data / "sft.jsonl", rows), "--max_steps", "4", "--algo", "sft"]
+    flags += [
+        "--use_cpu",
+        "true",
+        "--disable_tqdm",
+        "true",
+        "--report_to",
+        "none",
+        "--max_dropped_share",
+        "0.5",
+    ]
+    run([*flags, "--save_strategy", "no", "--output_dir", str(root / "own")])
+
+
+def _pretraining(out: Path) -> list[str]:
+    return [
+        *("--output_dir", str(out), "--max_steps", "4", "--max_train_rows", "20"),
+        *("--max_eval_rows", "8", "--use_cpu", "true", "--disable_tqdm", "true"),
+    ]
+
+
+@pytest.mark.parametrize("name", ["maxright", "sequential", "own", "killed", "pretrained"])
+def test_the_page_is_whole_and_needs_nothing_else(name: str, runs: dict[str, Path]) -> None:
+    source = report(runs[name])
+    assert source.startswith("<!DOCTYPE html>")
+    assert_self_contained(source, Page(source))
+    assert source == report(runs[name])
+
+
+def test_the_page_has_the_numbers_of_the_summary(runs: dict[str, Path]) -> None:
+    summary = json.loads((runs["maxright"] / "joint_summary.json").read_text())
+    page = Page(report(runs["maxright"]))
+    before, after = (summary["held_out"][moment]["sft_loss"] for moment in ("before", "after"))
+    shown = [f"{value:.4g}" for value in (before, after, 0.1, after - 0.1)]
+    assert page.row("f_SFT (nats/token)") == shown
+    distance = summary["combined"]["after"]["ideal_distance"]
+    assert page.row("ideal distance")[1] == f"{distance:.4g}"
+    for task in ("dpo", "sft"):
+        counts = (summary["steps"][task], summary["tokens"][task])
+        assert page.row(task.upper())[:2] == [str(count) for count in counts]
+    assert f"{summary['probes']} probes" in page.text
+    assert "by MAXRIGHT at lam 0.5" in page.text
+    assert "Unfinished" not in page.text
+
+
+def test_dropped_rows_are_told_with_their_reason(runs: dict[str, Path]) -> None:
+    page = Page(report(runs["own"]))
+    source, total, kept, truncated, dropped, _ = page.row("sft train")
+    held_out = page.row("sft held-out")
+    assert source.endswith("sft.jsonl")
+    assert int(total) + int(held_out[1]) == 41
+    assert int(dropped) + int(held_out[4]) == 1
+    assert int(kept) == int(total) - int(dropped)
+    assert truncated == "0"
+    assert "1 dropped, empty response" in page.text
+
+
+def test_the_name_of_a_data_set_cannot_become_markup(runs: dict[str, Path]) -> None:
+    source = report(runs["own"])
+    assert "<img" not in source
+    assert "onerror=alert(1)" in Page(source).text
+
+
+def test_a_killed_run_gets_a_page_that_says_so(runs: dict[str, Path]) -> None:
+    page = Page(report(runs["killed"]))
+    assert "Unfinished: no summary was written; the last log line is of step 8 of 8." in page.text
+    assert "As of the newest checkpoint." in page.text
+    state = read_run(runs["killed"]).state
+    assert state is not None
+    assert len(state["decisions"]) == 4  # of checkpoint-4
+    assert page.row("DPO")[0] == str(state["steps_taken"]["dpo"])
+
+
+def test_a_killed_run_without_anything_but_its_settings_gets_a_page(
+    runs: dict[str, Path], tmp_path: Path
+) -> None:
+    shutil.copy(runs["maxright"] / CONFIG_FILE, tmp_path)
+    page = Page(report(tmp_path))
+    assert "the last log line is of step 0 of 8" in page.text
+
+
+def test_probes_are_where_the_schedule_makes_them(runs: dict[str, Path]) -> None:
+    record = read_run(runs["maxright"])
+    assert record.probes == [0, 3, 6]
+    assert record.state is not None
+    assert len(record.probes) == record.state["probes"]
+    assert read_run(runs["sequential"]).probes == []
+
+
+@pytest.mark.parametrize("name", ["maxright", "sequential", "own"])
+def test_the_shown_command_means_the_same_run(name: str, runs: dict[str, Path]) -> None:
+    record = read_run(runs[name])
+    words = shlex.split(command(record).replace("\\\n", " "))
+    assert words[:3] == ["python", "-m", "llm.run"]
+    again = parse([*words[3:], "--output_dir", str(runs[name])])
+    training = json.loads(json.dumps(again.training.to_dict(), default=str))
+    differing = {
+        key
+        for key, value in record.training.items()
+        if key not in NOT_PART_OF_A_RUN and training[key] != value
+    }
+    assert differing <= SET_BY_THE_MACHINE
+    assert again.data.sft_dataset == record.config["data"]["sft_dataset"]
+
+
+def test_the_shown_command_of_a_pretraining_repeats_it(runs: dict[str, Path]) -> None:
+    words = shlex.split(command(read_run(runs["pretrained"])).replace("\\\n", " "))
+    before = json.loads((runs["pretrained"] / CONFIG_FILE).read_text())
+    # The same settings are accepted into the same directory, other ones would be refused.
+    again = ["--output_dir", str(runs["pretrained"]), "--use_cpu", "true", "--disable_tqdm", "true"]
+    pretrain([*words[3:], *again])
+    assert json.loads((runs["pretrained"] / CONFIG_FILE).read_text()) == before
+    assert words[:3] == ["python", "-m", "llm.pretrain"]
+
+
+# -------------------------------------------------------------------------------------- comparisons
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A comparison of one algorithm and one seed: its intervals have no ends."""
+    out = tmp_path_factory.mktemp("comparison") / "compared"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("llm.embedded.BASE_STEPS", 4)
+        flags = ["--algos", "alright", "mix", "--lams", "0.5", "--seeds", "1", "--jobs", "1"]
+        flags += ["--learning_rates", "1e-3", "--max_steps", "4", "--eval_steps", "2"]
+        flags += ["--max_train_rows", "40", "--max_eval_rows", "12", "--use_cpu", "true"]
+        compare([*flags, "--out", str(out)])
+    return out
+
+
+def test_the_page_of_a_comparison_has_its_table_and_figures(comparison: Path) -> None:
+    source = report(comparison)
+    page = Page(source)
+    assert_self_contained(source, page)
+    assert len([tag for tag, _ in page.tags if tag == "svg"]) == 3
+    summary = json.loads((comparison / "summary.json").read_text())
+    for entry in summary["settings"]:
+        shown = f"{entry['f_sft']['mean']:.3f}"
+        assert any(shown in row for row in page.rows), entry
+    assert all(warning in page.text for warning in summary["warnings"])
+    assert "No run failed." in page.text
+    assert "llm.validate" in page.text  # nothing was validated yet
+
+
+def test_the_lead_says_which_settings_are_not_told_apart(comparison: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(comparison, tmp_path / "seeds")
+    summary = json.loads((folder / "summary.json").read_text())
+    (best, rival), far = summary["settings"][:2], summary["settings"][0] | {"knob": 0.9}
+    best["ideal_distance"] = {"mean": 0.1, "low": 0.0, "high": 0.2}
+    rival["ideal_distance"] = {"mean": 0.3, "low": 0.19, "high": 0.41}
+    far["ideal_distance"] = {"mean": 0.5, "low": 0.4, "high": 0.6}
+    summary["settings"] = [best, rival, far]
+    (folder / "summary.json").write_text(json.dumps(summary))
+    lead = Page(report(folder)).text
+    assert "0.1 ± 0.1 away (the intervals of 1 other setting overlap with it)." in lead
+    assert "(one seed: no intervals)" in Page(report(comparison)).text
+
+
+def test_an_unfinished_comparison_shows_the_runs_it_kept(comparison: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(comparison, tmp_path / "killed")
+    (folder / "summary.json").unlink()
+    page = Page(report(folder))
+    kept = len(list((folder / "runs").glob("*/result.json")))
+    assert f"Unfinished: {kept} runs are kept" in page.text
+    assert len(page.rows) == kept + 1
+
+
+def test_failures_are_listed_with_their_reason(comparison: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(comparison, tmp_path / "failed")
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["failures"] = [{"stage": "tuning", "run": "mix-0.5", "reason": NASTY}]
+    (folder / "summary.json").write_text(json.dumps(summary))
+    assert Page(report(folder)).row("mix-0.5") == ["tuning", NASTY]
+
+
+def test_the_verdicts_of_a_validation_are_shown(comparison: Path, tmp_path: Path) -> None:
+    found = tmp_path / "validation.json"
+    findings = {
+        "predictions": [
+            {"name": "P1", "statement": NASTY, "interval": [0.1, 0.25], "verdict": "holds"},
+            {"name": "P2", "verdict": "fails", "ruled_out": ["clipping", "learning rate"]},
+        ],
+        "quantities": [],
+        "hypotheses": [{"name": "H1", "low": None, "high": 2.0, "verdict": "", "draws": 77}],
+    }
+    found.write_text(json.dumps(findings))
+    source = report(comparison, found)
+    page = Page(source)
+    assert page.row("P1") == [NASTY, "0.1 to 0.25", "holds", "-"]
+    assert page.row("P2") == ["-", "-", "fails", "clipping; learning rate"]
+    shown, everything = (row for row in page.rows if row[0] == "H1")
+    assert shown == ["H1", "-∞ to 2"]
+    assert everything == ["H1", "", "77", "-∞ to 2"]
+    assert '<span class="bad">fails</span>' in source
+    assert "Quantities" not in page.text
+
+
+# -------------------------------------------------------------------------------------- the command
+
+
+def test_the_page_is_written_where_it_is_asked_for(
+    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main([str(runs["sequential"])])
+    out = tmp_path / "new" / "page.html"
+    main([str(runs["sequential"]), "--out", str(out)])
+    assert (runs["sequential"] / FILE).read_text() == out.read_text()
+    assert str(out) in capsys.readouterr().out
+    assert [path.name for path in out.parent.iterdir()] == ["page.html"]
+
+
+def test_mistakes_are_told_in_one_line(runs: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "summary.json").write_text('{"problem": "quadratic"}')
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / CONFIG_FILE).write_text('{"training": ')
+    good = str(runs["sequential"])
+    for arguments, match in (
+        ([str(tmp_path / "none")], "is not a directory"),
+        ([str(tmp_path)], "neither a run of llm.run nor a comparison"),
+        ([str(tmp_path / "other")], "neither a run of llm.run nor a comparison"),
+        ([str(tmp_path / "broken")], f"{CONFIG_FILE} cannot be read"),
+        ([good, "--out", str(tmp_path)], "is a directory; name a file"),
+        ([good, "--validation", str(tmp_path / "v.json")], "does not exist"),
+    ):
+        with pytest.raises(UserError, match=match) as caught:
+            main(arguments)
+        assert "\n" not in str(caught.value)
+    assert not list(tmp_path.rglob("*.html"))
+
+
+# ------------------------------------------------------------------------- pieces of page and plots
+
+
+def test_every_kind_of_value_is_escaped() -> None:
+    for value in (NASTY, [NASTY], {NASTY: NASTY}, ["a", {"b": NASTY}]):
+        assert "<" not in text(value)
+    assert "<script" not in table((NASTY, NASTY), [(NASTY, NASTY)])
+    assert "<script" not in markdown(f"# {NASTY}\n- {NASTY}\n| {NASTY} |\n|---|\n| {NASTY} |")
+    assert "<script" not in figure(losses_figure([]), NASTY)
+    assert text(Html("<b>")) == "<b>"
+
+
+def test_markdown_tables_become_tables() -> None:
+    source = "## Title\n\n| a | b |\n|---|---|\n| x | **1.5** |\n| y | - |\n\n- one\n- two\n\nend"
+    page = Page(markdown(source))
+    assert page.rows == [["a", "b"], ["x", "1.5"], ["y", "-"]]
+    assert [tag for tag, _ in page.tags if tag in ("h3", "ul", "li", "p", "strong")] == [
+        *("h3", "strong", "ul", "li", "li", "p"),
+    ]
+
+
+def test_windows_weigh_to_the_mean_of_all_steps() -> None:
+    values = np.random.default_rng(0).random(137)
+    edges, means = window_means(values, 40)
+    sizes = np.diff(edges)
+    assert (edges[0], edges[-1], len(means)) == (0, 137, 40)
+    assert sizes.max() - sizes.min() <= 1
+    assert np.average(means, weights=sizes) == pytest.approx(values.mean(), abs=1e-12)
+    assert window_means(values[:3], 40)[1].tolist() == values[:3].tolist()
+
+
+def test_the_share_of_dpo_is_its_share_of_the_weights() -> None:
+    decisions = [[0.3, 0.7], [1.0, 0.0], [0.0, 2.0], [2.0, 0.0]]
+    np.testing.assert_allclose(dpo_shares(decisions), [0.3, 1.0, 0.0, 1.0])
+    axis = decisions_figure(decisions, probes=[0, 2]).axes[0]
+    (ticks,) = [line for line in axis.lines if line.get_marker() == "|"]
+    assert list(ticks.get_xdata()) == [0, 2]
+
+
+def test_a_curve_has_the_later_of_two_values_and_no_value_that_is_none() -> None:
+    lines: list[dict[str, Any]] = [
+        {"step": 4, "x": 1.0},
+        {"step": 2, "x": 3.0},
+        {"step": 4, "x": 2.0},
+        {"step": 6, "x": math.nan},
+        {"step": 8},
+    ]
+    steps, values = curve(lines, "x")
+    assert (steps.tolist(), values.tolist()) == ([2.0, 4.0], [3.0, 2.0])
