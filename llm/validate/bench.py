@@ -1,0 +1,108 @@
+"""Runs beyond the comparison: the same problem and learning rates, other settings.
+
+An arm is a set of runs that share settings; its finished runs are kept by `llm.compare.pool` under
+--out/runs, so that an interrupted validation goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from llm.compare.pool import RUNS, Pool
+from llm.compare.runs import Run
+from llm.models import load_policy
+from llm.setup import Setup, prepare
+from llm.validate.settings import ValidateConfig
+from llm.validate.source import Comparison
+from theory.cli import UserError
+from theory.tasks import Task
+
+UNCLIPPED: dict[str, Any] = {"max_grad_norm": 0.0}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What the studies share: the comparison's problem, prepared once, and where to work."""
+
+    config: ValidateConfig
+    comparison: Comparison
+
+    @cached_property
+    def setup(self) -> Setup:
+        run = self.comparison.config.run
+        training = replace(run.training, output_dir=str(self.config.out / RUNS / "shared"))
+        return prepare(replace(run, training=training), lambda line: None)
+
+    @property
+    def optimum(self) -> tuple[float, float]:
+        optima = self.comparison.optima
+        return optima.dpo, optima.sft
+
+    @property
+    def seeds(self) -> range:
+        return range(self.config.study_seeds)
+
+    @property
+    def lams(self) -> tuple[float, ...]:
+        return self.comparison.config.lams
+
+    def run(
+        self, arm: str, runs: Sequence[Run], flags: Mapping[str, Any], keep_models: bool = False
+    ) -> pd.DataFrame:
+        """A row per run: lam, seed, f_dpo, f_sft, p_dpo, norm_dpo, norm_sft, folder.
+
+        `flags` replace settings of the comparison. Losses are held-out, in nats; `norm_*` is the
+        mean norm of the gradients before clipping in steps on one objective alone.
+
+        Raises:
+            UserError: if a run diverges: a study without it would be another one.
+        """
+        shared = self.comparison.config
+        training = replace(shared.run.training, **flags)
+        own = replace(
+            shared,
+            out=self.config.out / RUNS / arm,
+            jobs=1,
+            keep_models=keep_models,
+            run=replace(shared.run, training=training),
+        )
+        with Pool(own, self.setup) as pool:
+            records = pool.run(arm, runs)
+            folders = [pool._place(run) for run in runs]
+        for record in records:
+            if record["failed"]:
+                raise UserError(f"study {arm}: a run failed: {record['failed']}")
+        return pd.DataFrame(
+            {
+                "arm": arm,
+                "lam": run.lam,
+                "seed": run.seed,
+                "f_dpo": record["f_dpo"],
+                "f_sft": record["f_sft"],
+                "p_dpo": record["steps"].get("dpo", 0) / run.steps,
+                **_norms(folder),
+                "folder": str(folder),
+            }
+            for run, record, folder in zip(runs, records, folders, strict=True)
+        )
+
+    def load(self, folder: str) -> Any:
+        """The model that a run with `keep_models` left."""
+        arguments = replace(self.comparison.config.run.model, model_name_or_path=folder)
+        return load_policy(arguments)
+
+
+def _norms(folder: Path) -> dict[str, float]:
+    path = folder / "metrics.jsonl"
+    logged = pd.read_json(path, lines=True) if path.is_file() else pd.DataFrame()
+    names = {task: f"{task.label}_grad_norm" for task in Task}
+    return {
+        f"norm_{task.label}": float(logged[name].mean()) if name in logged else float("nan")
+        for task, name in names.items()
+    }
