@@ -33,7 +33,14 @@ from llm.single_runs import (
     single_run,
 )
 from theory.bounds import wrong_optimum_bias
-from theory.cli import OneLineParser, UserError, positive_int, run_command, unit_float
+from theory.cli import (
+    OneLineParser,
+    UserError,
+    positive_float,
+    positive_int,
+    run_command,
+    unit_float,
+)
 from theory.records import read_json, write_json
 from theory.tasks import Task
 
@@ -264,7 +271,10 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, RunConfig]:
         "--doublings", type=_doublings, default=3, help="from the first budget to --max_steps; >= 2"
     )
     own.add_argument(
-        "--learning_rates", type=_rate, nargs="+", help="try each; default: --learning_rate"
+        "--learning_rates",
+        type=positive_float,
+        nargs="+",
+        help="try each; default: --learning_rate",
     )
     own.add_argument(
         "--gradient_rows",
@@ -280,16 +290,6 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, RunConfig]:
     if config.output_dir == f"runs/{config.training.algo}":  # nothing has named another
         config = replace(config, training=replace(config.training, output_dir=OUTPUT_DIR))
     return options, config
-
-
-def _rate(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0.0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
 
 
 def _doublings(text: str) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +10,7 @@ from pathlib import Path
 from llm.benchmark.plan import SUITES
 from llm.benchmark.rows import Sources
 from llm.benchmark.shapes import SHAPES, Shape
-from theory.cli import OneLineParser, positive_int
+from theory.cli import OneLineParser, positive_float, positive_int
 
 PROG = "python -m llm.benchmark"
 ROUNDS = 3
@@ -90,21 +89,11 @@ def _parser() -> OneLineParser:
     add("--sft_batch_size", type=positive_int, help="demonstrations of a step")
     add("--dpo_batch_size", type=positive_int, help="pairs of a step")
     add("--full_finetuning", action="store_true", help="no LoRA where the shape has it")
-    add("--peak_tflops", type=_positive, help="dense speed for the goodput (default: by name)")
+    add("--peak_tflops", type=positive_float, help="dense speed for the goodput (default: by name)")
     add(
         "--time_limit",
-        type=_positive,
+        type=positive_float,
         help=f"seconds after which no contender is started (CUDA: {CUDA_SECONDS:.0f}, else none)",
     )
     add("--out", help="directory (default: figures/llm_benchmark; CUDA: figures/data/gpu/SHAPE)")
     return parser
-
-
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0.0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value

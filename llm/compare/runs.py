@@ -130,7 +130,6 @@ def train(setup: Setup, config: RunConfig, run: Run, folder: Path, keep_model: b
 
 
 def measurements(trainer: JointTrainer, path: PathRecorder) -> Record:
-    seconds = dict(trainer.clock.seconds)
     period = getattr(trainer.scheduler, "refresh_every", 1)
     at_probes = trainer.decisions[::period] if trainer.probes else []
     ends = path.points[-1]
@@ -145,15 +144,17 @@ def measurements(trainer: JointTrainer, path: PathRecorder) -> Record:
         "rows": {task.label: stream.consumed for task, stream in trainer.streams.items()},
         "probes": trainer.probes,
         "probe_dpo_wins": sum(weights[Task.DPO] > 0.0 for weights in at_probes),
-        "seconds": sum(seconds.values()) - seconds["evaluation"],
-        "seconds_in": seconds,
+        "seconds": ends["seconds"],
+        "wall_seconds_in": dict(trainer.clock.seconds),
     }
 
 
 class PathRecorder(TrainerCallback):
     """Held-out losses along a run, with what had been spent by then.
 
-    Evaluates where --eval_steps says and at the boundary of the stages of a sequence.
+    Evaluates where --eval_steps says and at the boundary of the stages of a sequence. `seconds`
+    are those of training, without evaluation; on a CPU what this process has used, since other
+    processes share the machine, else by the clock on the wall.
     """
 
     def __init__(self, trainer: JointTrainer) -> None:
@@ -164,18 +165,19 @@ class PathRecorder(TrainerCallback):
         schedule = trainer.scheduler
         stages = schedule.first_steps if isinstance(schedule, Sequential) else None
         self.boundary = stages if isinstance(stages, int) else None
-        self._begin = self._step_end = time.perf_counter()
+        self._now = time.process_time if trainer.args.device.type == "cpu" else time.perf_counter
+        self._begin = self._last = self._now()
         self._evaluating = 0.0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._begin = self._step_end = time.perf_counter()
+        self._begin = self._last = self._now()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._step_end = time.perf_counter()
+        self._last = self._now()
         if state.global_step == self.boundary:
             control.should_evaluate = True
 
@@ -186,7 +188,13 @@ class PathRecorder(TrainerCallback):
         self.add({name.removeprefix("eval_"): value for name, value in metrics.items()})
         if state.global_step == self.boundary:
             self.stage_end = self.points[-1]
-        self._evaluating += time.perf_counter() - self._step_end
+        self._evaluating += self._now() - self._last
+        self._last = self._now()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._last = self._now()  # Trainer has read the loss: an accelerator has finished
 
     def close(self, held_out: Any) -> None:
         """Measure the end point, unless the last evaluation was there."""
@@ -198,7 +206,7 @@ class PathRecorder(TrainerCallback):
         trainer._count_tokens()
         point: dict[str, float] = {
             "step": trainer.state.global_step,
-            "seconds": self._step_end - self._begin - self._evaluating,
+            "seconds": self._last - self._begin - self._evaluating,
             "probes": trainer.probes,
         }
         for task in Task:

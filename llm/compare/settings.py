@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -14,7 +13,7 @@ import torch
 
 from llm.config import RunConfig, schedule_options
 from llm.config import parse as parse_run
-from theory.cli import OneLineParser, UserError, positive_int, unit_float
+from theory.cli import OneLineParser, UserError, positive_float, positive_int, unit_float
 from theory.schedulers import ORDERS
 from theory.tasks import Task
 
@@ -85,9 +84,11 @@ class CompareConfig:
         )
 
     def to_json(self) -> dict[str, Any]:
-        own = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "run"}
-        model, data = asdict(self.run.model), asdict(self.run.data)
-        return own | {"out": str(self.out), "jobs": self.jobs, "model": model, "data": data}
+        hidden = ("run", "argv", "out", "jobs")  # machine's own; the command says what was asked
+        own = {
+            name: getattr(self, name) for name in self.__dataclass_fields__ if name not in hidden
+        }
+        return own | {"model": asdict(self.run.model), "data": asdict(self.run.data)}
 
 
 def parse(argv: Sequence[str]) -> CompareConfig:
@@ -151,7 +152,7 @@ def _parser() -> OneLineParser:
     add(
         "--learning_rates",
         nargs="+",
-        type=_positive,
+        type=positive_float,
         help="the tuning's grid; default: the shared run's rate times 0.1, 0.3, 1, 3, 10",
     )
     add(
@@ -215,16 +216,6 @@ def _inner(text: str) -> float:
     value = unit_float(text)
     if value in (0.0, 1.0):
         raise argparse.ArgumentTypeError(f"{text} leaves one objective out; give it in (0, 1)")
-    return value
-
-
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0.0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return value
 
 

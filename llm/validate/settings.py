@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from theory.cli import OneLineParser, UserError, positive_int
+from theory.cli import OneLineParser, UserError, positive_float, positive_int
 
 PROG = "python -m llm.validate"
 STUDIES = ("curvature", "switches", "clipping", "lockout")
@@ -81,7 +81,7 @@ def _parser() -> OneLineParser:
     add("--study_steps", type=positive_int, default=200, help="steps of a run of a study")
     add(
         "--clip_norm",
-        type=_positive,
+        type=positive_float,
         help="max_grad_norm of the clipping study; default: the smaller of the mean gradient norms",
     )
     add(
@@ -94,10 +94,3 @@ def _parser() -> OneLineParser:
     add("--probe_rows", type=positive_int, default=96, help="rows of each set for curvature")
     add("--krylov_steps", type=positive_int, default=14, help="Hessian products of a solve")
     return parser
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0.0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value

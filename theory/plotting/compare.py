@@ -156,10 +156,10 @@ def _draw_costs(axis: Axes, entries: Sequence[Entry], summary: Mapping[str, Any]
         cost = entry["cost_per_step"]["mean"] / counted
         times = {name: value / measured for name, value in entry["seconds_per_step"].items()}
         axis.bar(i, cost, 0.65, color=COLOURS[entry["line"]])
-        axis.plot(i, times["mean"], color="black", marker="_", ms=9, mew=1.2)
+        axis.plot(i, times["mean"], color="black", marker="_", ms=9, mew=1.2, zorder=3)
         if np.isfinite(times["high"]):
             axis.plot([i, i], [times["low"], times["high"]], color="black", lw=0.8)
-        axis.text(i, max(cost, times["mean"]) + 0.06, f"{cost:.2f}", ha="center", fontsize=7)
+        axis.text(i, 0.05, f"{cost:.2f}", ha="center", va="bottom", fontsize=7, color="white")
         numbers.append({"panel": "cost", **_named(entry), "counted": cost, "measured": times})
     axis.axhline(1.0, color="0.5", ls=":", lw=0.9, zorder=0)
     axis.margins(y=0.15)
