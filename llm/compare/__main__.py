@@ -8,14 +8,15 @@ prepared once; a seed of a run changes the order of its samples and its decision
 
 1. Optima: each objective alone, every learning rate; f* is the lowest held-out loss on the way.
 2. Tuning: every algorithm over the same learning rates at lam (or split) 1/2, on seeds that the
-   comparison never uses; the lowest held-out f_Mix(1/2) at the end wins.
+   comparison never uses; the lowest held-out f_Mix(1/2) at the end wins, among the rates that
+   train at all (--least_progress).
 3. Equal steps: every algorithm, every lam or split, every seed.
 4. Equal compute: the same with as many steps as the compute of sequential training (split 1/2)
    buys; runs of their own, since a learning-rate schedule depends on its horizon.
 
 Resumable: every finished run is kept under --out/runs, named by all that decides its result; start
 the same command again and it goes on. Writes config.json, results.parquet and results.csv (a row
-per run), paths.parquet, tuning.csv, summary.json, table.md and the figures paths, gaps and cost.
+per run), paths.parquet, tuning.csv, summary.json, table.md and the figures paths, gaps and compute.
 """
 
 from __future__ import annotations
