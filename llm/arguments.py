@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from transformers import TrainingArguments
 
 from llm.clipping import CLIPPING
+from llm.packing import CPU_TOKENS
 from llm.values import DEFAULT_ROWS, SOURCES
 from theory.schedulers import ORDERS, REGISTRY
 from theory.tasks import Task
@@ -214,6 +215,14 @@ class JointArguments(TrainingArguments):
         metadata={
             "help": "Fill a micro-batch with as many rows as fit into this many tokens, instead of "
             "a number of rows. Needs packing."
+        },
+    )
+    max_tokens_per_forward: int | None = field(
+        default=None,
+        metadata={
+            "help": "Take the rows of a micro-batch through the model in parts of at most this "
+            "many tokens: less memory, the same gradient. One process, needs packing. "
+            f"[{CPU_TOKENS} on a CPU, else all at once]"
         },
     )
     precompute_ref_log_probs: bool = field(

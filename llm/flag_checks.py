@@ -36,13 +36,16 @@ def check_batch_flags(config: RunConfig, explicit: set[str]) -> None:
         raise UserError(
             "--attn_implementation is not used by packed batches: drop it, or give --packing false"
         )
-    budget = training.max_tokens_per_batch
-    if budget is None:
+    for name in ("max_tokens_per_batch", "max_tokens_per_forward"):
+        budget = getattr(training, name)
+        if budget is not None and budget < 1:
+            raise UserError(f"--{name} is {budget}; it must be at least 1")
+        if budget is not None and not training.packing:
+            raise UserError(f"--{name} is not used with --packing false")
+    if training.max_tokens_per_forward and (training.world_size > 1 or training.deepspeed):
+        raise UserError("--max_tokens_per_forward is for one process without DeepSpeed")
+    if training.max_tokens_per_batch is None:
         return
-    if budget < 1:
-        raise UserError(f"--max_tokens_per_batch is {budget}; it must be at least 1")
-    if not training.packing:
-        raise UserError("--max_tokens_per_batch is not used with --packing false")
     sizes = [f"{task.label}_per_device_train_batch_size" for task in Task]
     given = [name for name in ("per_device_train_batch_size", *sizes) if name in explicit]
     if given:

@@ -13,13 +13,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from transformers import TrainingArguments
 
+CPU_TOKENS = 1024
+"""Tokens of one forward pass on a CPU: enough for full speed, and not more memory than needed."""
 Row = Mapping[str, Any]
+AnyRow = TypeVar("AnyRow", bound=Row)
 Indices = NDArray[np.int64]
 
 
@@ -68,6 +72,33 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 def row_tokens(row: Row) -> int:
     """Tokens of a row without padding, its prompt once."""
     return sum(len(ids) for key, ids in row.items() if key.endswith("_ids"))
+
+
+def tokens_per_forward(args: TrainingArguments) -> int | None:
+    """Most tokens of one forward pass with gradients; None: a micro-batch at once.
+
+    Ranks run their model in step, so the rows that each of them holds must not decide how often.
+    """
+    if args.world_size > 1 or args.deepspeed:
+        return None
+    given: int | None = getattr(args, "max_tokens_per_forward", None)
+    return CPU_TOKENS if given is None and args.device.type == "cpu" else given
+
+
+def split_rows(rows: Sequence[AnyRow], max_tokens: int | None) -> list[Sequence[AnyRow]]:
+    """Consecutive rows in parts of at most `max_tokens` tokens each, or of one longer row."""
+    if max_tokens is None:
+        return [rows]
+    parts: list[list[AnyRow]] = []
+    room = 0
+    for row in rows:
+        tokens = row_tokens(row)
+        if tokens > room or not parts:
+            parts.append([])
+            room = max_tokens
+        parts[-1].append(row)
+        room -= tokens
+    return list(parts)
 
 
 def pack_sft(rows: Sequence[Row], pad_token_id: int = 0) -> dict[str, Any]:

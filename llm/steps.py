@@ -57,11 +57,17 @@ class ScheduledSteps(SafeCheckpoints):
         inputs: dict[str, Any],
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        """As transformers' own, with the time of its parts (`compute_loss` marks the forward)."""
+        """transformers' own for each of the `parts` of a micro-batch; gradients and losses add up.
+
+        `compute_loss` marks where a forward begins and ends.
+        """
         self.clock.switch("data")
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        shared = {key: value for key, value in inputs.items() if key != "parts"}
+        losses = []
+        for part in inputs["parts"]:
+            losses.append(super().training_step(model, shared | part, num_items_in_batch))
         self.clock.switch("other")
-        return loss
+        return sum(losses[1:], losses[0])
 
     # ------------------------------------------------------------------- gradient norm, clipping
 

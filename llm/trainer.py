@@ -15,6 +15,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,7 +31,7 @@ from llm.data import fingerprint_rows
 from llm.identity import STATE_KEY, Identity, check_resume, run_identity
 from llm.kl import ReferenceSamples
 from llm.objectives import Batch, Row, Terms, move
-from llm.packing import to_device
+from llm.packing import split_rows, to_device, tokens_per_forward
 from llm.reporting import Objectives, ReportingTrainer, RowSets
 from llm.streams import open_streams, steps_per_epoch
 from llm.values import share_of_rank, summed_loss
@@ -128,23 +129,28 @@ class JointTrainer(ReportingTrainer):
         )
         self.decisions.append(weights.tolist())
         self.step_weights = weights
-        batches: list[dict[str, Any]] = [{"weights": weights.tolist()} for _ in range(num_batches)]
+        parts: list[list[list[Batch]]] = [[] for _ in range(num_batches)]
         counts = [0] * len(Task)
         for task in self.stepped:
             drawn = self._draw(task, num_batches)
             counts[task] = sum(self.objectives[task].items(rows) for rows in drawn)
-            if task in self._forwarded:
-                batches[0][task.label], batches[0][f"{task.label} terms"] = self._forwarded[task]
-                continue
-            for batch, rows in zip(batches, drawn, strict=True):
-                collated = self.objectives[task].collate(rows, self.pad_token_id)
-                batch[task.label] = move(collated, device)
+            for micro_batch, rows in zip(parts, drawn, strict=True):
+                micro_batch.append(self._parts(task, rows))
         self._forwarded = {}  # what the probe computed for the objective that lost is dropped here
         items = self._sum_over_ranks(to_device(torch.tensor(counts, dtype=torch.float32), device))
-        for batch in batches:
-            batch["items"] = items
         self._step_losses = {}
-        return batches, items.sum()
+        shared = {"weights": weights.tolist(), "items": items}
+        return [shared | {"parts": _side_by_side(each)} for each in parts], items.sum()
+
+    def _parts(self, task: Task, rows: list[Row]) -> list[Batch]:
+        """The forward passes of a micro-batch: what each needs, under the objective's label."""
+        if task in self._forwarded:
+            batch, terms = self._forwarded[task]
+            return [{task.label: batch, f"{task.label} terms": terms}]
+        objective = self.objectives[task]
+        limit = tokens_per_forward(self.args) if objective.packing else None
+        collated = (objective.collate(p, self.pad_token_id) for p in split_rows(rows, limit))
+        return [{task.label: move(batch, self.args.device)} for batch in collated]
 
     def _draw(self, task: Task, num_batches: int) -> list[list[Row]]:
         batches, stream = self._peek(task, num_batches), self.streams[task]
@@ -207,7 +213,7 @@ class JointTrainer(ReportingTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        """This micro-batch's share of sum_i w_i f_i of the step."""
+        """The share of one part of a micro-batch in sum_i w_i f_i of the step."""
         self.clock.switch("forward")
         loss: torch.Tensor | None = None
         for task in Task:
@@ -240,8 +246,12 @@ class JointTrainer(ReportingTrainer):
             self._meter(task, {"loss": (value * self.args.world_size, 1)})
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        batches = (inputs.get(task.label, {}) for task in Task)
-        tokens = sum(batch["input_ids"].numel() for batch in batches if "input_ids" in batch)
+        tokens = sum(
+            part[task.label]["input_ids"].numel()
+            for part in inputs["parts"]
+            for task in Task
+            if task.label in part
+        )
         return self._flops_per_token * tokens
 
     @cached_property
@@ -304,3 +314,11 @@ class JointTrainer(ReportingTrainer):
             values = self._probe(self.args.gradient_accumulation_steps)
             self._forwarded = {}  # the step probes anew if its schedule says so
             self.schedule = self.schedule._replace(values=values)
+
+
+def _side_by_side(parts: list[list[Batch]]) -> list[Batch]:
+    """One list for all objectives: their i-th parts go into one forward and backward pass."""
+    return [
+        {key: value for part in together for key, value in part.items()}
+        for together in zip_longest(*parts, fillvalue={})
+    ]

@@ -7,17 +7,27 @@ from typing import Any
 
 import pytest
 import torch
-from _tiny import OBJECTIVES, make_policy, make_trainer, short_run, train_rows, weights_of
+from _tiny import (
+    OBJECTIVES,
+    arguments,
+    make_policy,
+    make_trainer,
+    plain_sgd,
+    short_run,
+    train_rows,
+    weights_of,
+)
 
 import llm.layout
+import llm.objectives
 from llm.config import parse
 from llm.objectives import DPOObjective, SFTObjective
-from llm.packing import row_tokens
+from llm.packing import CPU_TOKENS, row_tokens, split_rows, tokens_per_forward
 from llm.run import main
 from llm.setup import prepare
 from theory.cli import UserError
 from theory.records import read_json
-from theory.schedulers import Alright, Mix
+from theory.schedulers import Alright, Mix, Scheduler
 from theory.tasks import Task
 
 pytestmark = pytest.mark.usefixtures("short_base_training")
@@ -100,6 +110,61 @@ def test_a_run_by_tokens_from_the_command_line(tmp_path: Path) -> None:
     assert 8 * 100 < sum(summary["tokens"].values()) <= 8 * 128
 
 
+@pytest.mark.parametrize("scheduler", [Mix(0.4), Alright(0.5)])
+def test_parts_of_a_micro_batch_make_the_step_of_the_whole(
+    scheduler: Scheduler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    forward = llm.objectives.response_logps
+
+    def spy(model: Any, batch: Any) -> Any:
+        seen.append(batch["input_ids"].numel())
+        return forward(model, batch)
+
+    monkeypatch.setattr(llm.objectives, "response_logps", spy)
+    losses, moved, most = [], [], []
+    for budget in (10_000, 60):
+        seen.clear()
+        trainer = make_trainer(
+            scheduler,
+            tmp_path,
+            **plain_sgd(max_tokens_per_forward=budget, gradient_accumulation_steps=2),
+        )
+        before = weights_of(trainer.model)
+        trainer.train()
+        after = weights_of(trainer.model)
+        moved.append({name: after[name] - before[name] for name in after})
+        losses.append(trainer.state.log_history[0]["loss"])
+        most.append(max(seen))
+    longest = max(row_tokens(row) for rows in train_rows().values() for row in rows)
+    assert longest <= 60
+    assert most[1] <= 60 < most[0]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)  # sums of float32 in another order
+    for name, value in moved[0].items():
+        # plain SGD with rate 1: the step is the gradient
+        torch.testing.assert_close(value, moved[1][name], rtol=1e-4, atol=1e-6)
+
+
+def test_rows_are_split_in_order_and_to_the_brim() -> None:
+    rows = [{"prompt_ids": [0] * n} for n in (3, 4, 2, 9, 1, 1)]
+    parts = split_rows(rows, 7)
+    assert [[len(row["prompt_ids"]) for row in part] for part in parts] == [
+        [3, 4],
+        [2],
+        [9],
+        [1, 1],
+    ]
+    assert split_rows(rows, None) == [rows]
+
+
+def test_only_one_process_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = arguments(tmp_path, max_tokens_per_forward=5)
+    assert tokens_per_forward(args) == 5
+    assert tokens_per_forward(arguments(tmp_path)) == CPU_TOKENS
+    monkeypatch.setattr(type(args), "world_size", 2)
+    assert tokens_per_forward(args) is None
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -109,6 +174,8 @@ def test_a_run_by_tokens_from_the_command_line(tmp_path: Path) -> None:
             ["--max_tokens_per_batch", "9", "--dpo_per_device_train_batch_size", "2"],
             "--dpo_per_device_train_batch_size is not used with --max_tokens_per_batch",
         ),
+        (["--max_tokens_per_forward", "0"], "must be at least 1"),
+        (["--max_tokens_per_forward", "9", "--packing", "false"], "not used with --packing false"),
         (["--attn_implementation", "eager"], "--attn_implementation is not used by packed"),
     ],
 )
