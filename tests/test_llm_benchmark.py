@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import statistics
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from dataclasses import replace
@@ -27,6 +28,7 @@ from llm.benchmark.plan import (
     COMPARISONS,
     CONTENDERS,
     EXPECTED_COST,
+    MORE_ROUNDS,
     Comparison,
     Contender,
     Job,
@@ -89,8 +91,8 @@ def test_every_contender_has_its_rounds_and_its_memory(quick: Result) -> None:
     assert tuple(records) == CONTENDERS["overhead"]
     assert quick.document["failed"] == {}
     for record in records.values():
-        assert len(record["seconds"]) == 1
-        assert record["seconds"][0] > 0.0
+        assert len(record["seconds"]) == MORE_ROUNDS["overhead", "ours"]  # times one
+        assert min(record["seconds"]) > 0.0
         assert record["warm_up_seconds"] > 0.0
         # The memory of the worker itself, not of the process that started it.
         assert 50.0 < record["before_mib"] < record["peak_mib"]
@@ -99,9 +101,10 @@ def test_every_contender_has_its_rounds_and_its_memory(quick: Result) -> None:
 def test_ratios_come_from_the_recorded_rounds(quick: Result) -> None:
     records = quick.document["groups"]["overhead"]
     (line,) = quick.document["comparisons"]
-    over, under = (records[line[key]]["seconds"][0] for key in ("over", "under"))
+    over, under = (records[line[key]]["seconds"] for key in ("over", "under"))
     # Equal steps on both sides, so their number cancels; up to rounding in a logarithm.
-    assert line["median"] == pytest.approx(over / under, rel=1e-12)
+    ratios = [a / b for a, b in zip(over, under, strict=True)]
+    assert line["median"] == pytest.approx(statistics.median(ratios), rel=1e-12)
     assert line["met"] is (line["median"] <= 1.15)
     assert f"{line['median']:.3f}" in quick.printed
 
@@ -186,7 +189,9 @@ def test_a_joint_contender_takes_the_planned_steps(name: str) -> None:
         if name.startswith("paper"):  # two evaluations, then the step's own forward pass
             assert counts["forwards"] == job.steps + 2 * probes
     if name.endswith("sequential"):
-        assert [counts["dpo_steps"] for counts in rounds] == [job.steps, 0]
+        first_stage = [counts["dpo_steps"] for counts in rounds]
+        assert first_stage == sorted(first_stage, reverse=True)
+        assert sum(first_stage) == job.total_steps // 2
 
 
 @pytest.mark.usefixtures("same_threads")
@@ -310,6 +315,20 @@ def test_one_round_has_no_interval() -> None:
     assert paired_ratio([3.0], [2.0]) == (1.5, 0.0, math.inf)
 
 
+def test_a_ratio_takes_the_rounds_that_both_have() -> None:
+    both = paired_ratio([4.0, 6.0], [2.0, 2.0])
+    assert paired_ratio([4.0, 6.0], [2.0, 2.0, 5.0, 7.0]) == both
+
+
+@pytest.mark.usefixtures("same_threads")
+def test_a_contender_with_fewer_rounds_stops_before_the_others() -> None:
+    jobs = {name: job_of(name) for name in ("ours/alright", "paper/alright")}
+    assert [job.rounds for job in jobs.values()] == [2, 1]
+    records = measure(jobs, ROWS, lambda _: None)
+    assert [len(record["seconds"]) for record in records.values()] == [2, 1]
+    assert all("failed" not in record for record in records.values())
+
+
 @pytest.mark.parametrize(
     ("sense", "target", "ratio", "met"),
     [
@@ -416,7 +435,7 @@ def record_of(name: str, seconds: list[float]) -> Record:
     return {
         "steps_per_round": job.steps,
         "seconds": [job.steps * s for s in seconds],
-        "rounds": [counts(job.steps, dpo, probes)] * 2,
+        "rounds": [counts(job.steps, dpo, probes)] * len(seconds),
         "notes": {},
         "peak_mib": 200.0,
         "before_mib": 100.0,

@@ -13,7 +13,9 @@ from theory.tasks import Task
 SUITES = ("dpo", "sft", "joint", "cost", "overhead")
 GROUPS = {"dpo": ("dpo",), "sft": ("sft",), "joint": ("joint", "cost"), "overhead": ("overhead",)}
 """Suites that share contenders are measured together."""
-OVERHEAD = Batches(sft=2, dpo=2, number=100)
+OVERHEAD = Batches(sft=2, dpo=2, number=200)
+MORE_ROUNDS = {("overhead", "ours"): 5, ("overhead", "trainer"): 5, ("joint", "ours"): 2}
+"""Times --rounds: where a round is short and a few per cent are to be told from noise."""
 SFT_MORE = 4
 """Times the batches of a round on pairs: a demonstration costs that much less."""
 
@@ -174,13 +176,14 @@ class Job:
 def make_job(
     contender: Contender, group: str, shape: Shape, device: str, threads: int, rounds: int
 ) -> Job:
-    """One pass over the rows of each objective in use makes a round, or several for MAXRIGHT(100).
-
-    An algorithm that takes one objective a step needs two steps for a batch of each.
+    """A round of a suite on one objective is one pass over its rows; on both objectives it is one
+    pass over both for an algorithm that takes one of them a step, and more for MAXRIGHT(100).
     """
     batches = batches_of(group, shape)
-    one_at_a_time = contender.algo not in ("sft", "dpo", "mix", "fixed")
-    steps = batches.number * (2 if one_at_a_time else 1)
+    rounds *= MORE_ROUNDS.get((group, contender.side), 1)
+    # Where costs are compared, all rounds have as many steps: the first step of each, after the
+    # wait for the others, is slower.
+    steps = batches.number * (2 if group == "joint" else 1)
     if contender.refresh_every > steps:  # so that one probe falls among the measured steps
         steps *= math.ceil(contender.refresh_every / (steps * rounds))
     return Job(

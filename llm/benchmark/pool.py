@@ -133,9 +133,10 @@ def _measure_in_turn(
             worker.wait()
         rounds = max(job.rounds for job in jobs.values())
         for number in range(rounds + 1):
-            for worker in workers:
+            taking = [worker for worker in workers if number <= worker.job.rounds]
+            for worker in taking:
                 worker.round(warm_up=number == 0)
-            say(f"  round {number} of {rounds}: {', '.join(map(_last_round, workers))}")
+            say(f"  round {number} of {rounds}: {', '.join(map(_last_round, taking))}")
         for worker in workers:
             worker.finish()
     finally:

@@ -13,8 +13,9 @@ def table(document: dict[str, Any]) -> str:
         "# Speed and memory of the joint trainer",
         f"`{document['command']}`",
         f"Shape {config['shape']['name']} on {machine['device']}, {config['threads']} thread(s); "
-        f"{document['clock']}, {config['rounds']} measured round(s) after a first one; median and "
-        "95% interval over rounds, one peak each for memory. Rows: " + document["rows"]["source"],
+        f"{document['clock']}, {config['rounds']} measured round(s) after a first one, more where "
+        "they are short; median and 95% interval over rounds, one peak each for memory. Rows: "
+        + document["rows"]["source"],
         "## Ratios",
         _markdown(
             ("comparison", "ratio of", "median", "95% interval", "target", "met"),

@@ -38,8 +38,12 @@ class Ratio(NamedTuple):
 
 
 def paired_ratio(over: Sequence[float], under: Sequence[float]) -> Ratio:
-    """Of two lists over the same rounds; with one round the interval is (0, infinity)."""
-    ratios = np.array(over) / np.array(under)
+    """Of two lists over the same rounds; with one round the interval is (0, infinity).
+
+    Rounds that only one of them has (the later ones) are left out.
+    """
+    common = min(len(over), len(under))
+    ratios = np.array(over[:common]) / np.array(under[:common])
     _, low, high = np.exp(mean_interval(np.log(ratios)))
     return Ratio(float(np.median(ratios)), float(low), float(high))
 
