@@ -15,8 +15,6 @@ the whole (data processing). A response that ends contains its end-of-sequence t
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -33,7 +31,7 @@ from llm.evaluate import by_length, device_of, evaluating
 from llm.forward import response_logps
 from llm.objectives import Row, SFTObjective, move
 from llm.reference import mixed_precision, reference_model
-from theory.records import read_json, write_json
+from theory.records import digest, read_json, write_json
 
 FILE = "kl_samples.json"
 MOST_NEW_TOKENS = 128
@@ -150,8 +148,7 @@ def _read(path: Path, key: str, packing: bool) -> ReferenceSamples | None:
 
 def _key(rows: Sequence[Row], count: int, options: dict[str, Any]) -> str:
     logps = [[row["ref_chosen_logps"], row["ref_rejected_logps"]] for row in rows]
-    text = json.dumps([fingerprint_rows(rows), logps, count, options], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return digest([fingerprint_rows(rows), logps, count, options])
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llm.config import SCHEDULE_FLAGS, RunConfig, parse
+from llm.config import SCHEDULE_FLAGS, RunConfig, named_flags, parse
 from llm.setup import Setup, prepare, total_steps
 from llm.single_runs import (
     SingleRun,
@@ -283,8 +283,7 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, RunConfig]:
         help="training rows for the gradient's norm, a second measure; 0: none",
     )
     options, rest = own.parse_known_args(argv)
-    named = {token.split("=")[0][2:] for token in rest if token.startswith("--")}
-    if unused := sorted(named & NOT_USED):
+    if unused := sorted(named_flags(rest) & NOT_USED):
         own.error(f"{', '.join(f'--{name}' for name in unused)} says nothing about the optima")
     config = parse(rest)
     if config.output_dir == f"runs/{config.training.algo}":  # nothing has named another

@@ -30,7 +30,7 @@ from llm.evaluate import evaluate_objective, with_reference_logps
 from llm.models import load_reference
 from llm.objectives import LanguageObjective, Row
 from theory.cli import UserError
-from theory.records import read_json, write_json
+from theory.records import digest, read_json, write_json
 
 FOLDER = "reference"
 """Of the cache, in the output directory, unless --reference_cache names another one."""
@@ -186,8 +186,7 @@ class LogpStore:
 
     @property
     def path(self) -> Path:
-        digest = hashlib.sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest()
-        return self.folder / f"{self.name.replace(' ', '-')}-{digest[:16]}.json"
+        return self.folder / f"{self.name.replace(' ', '-')}-{digest(self.key)[:16]}.json"
 
     def read(self) -> Logps | None:
         """The values; None if there are none, or none to rely on (which is said)."""
@@ -225,14 +224,14 @@ def weights_digest(model: Any, *, base_only: bool = False) -> str:
 
     `base_only` leaves out LoRA adapters, which are switched off under `--reference base`.
     """
-    digest = hashlib.sha256(_settings_of(model, base_only).encode())
+    weights = hashlib.sha256(_settings_of(model, base_only).encode())
     for name, value in model.state_dict().items():
         if base_only and "lora_" in name:
             continue
         tensor = value.detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
-    return digest.hexdigest()
+        weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        weights.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+    return weights.hexdigest()
 
 
 def _settings_of(model: Any, base_only: bool) -> str:
@@ -263,10 +262,10 @@ def _numerics(config: RunConfig) -> dict[str, str]:
 @cache
 def _code_digest() -> str:
     """Of the whole package: better computed once too often than kept from other code."""
-    digest = hashlib.sha256()
+    code = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
+        code.update(path.read_bytes())
+    return code.hexdigest()
 
 
 # -------------------------------------------------------------------------------- the first values

@@ -26,7 +26,7 @@ from transformers import TrainingArguments
 from llm.callbacks import JsonLines
 from llm.card import model_card
 from llm.checkpoints import intact, newest_intact
-from llm.config import PROG, RunConfig, parse, schedule_options
+from llm.config import PROG, JointArguments, RunConfig, parse, schedule_options
 from llm.optima import Optimum, find_optimum
 from llm.setup import Setup, make_trainer, prepare, total_steps
 from llm.trainer import JointTrainer
@@ -47,7 +47,7 @@ NOT_PART_OF_A_RUN = {
 def main(argv: Sequence[str] | None = None) -> None:
     config = parse(sys.argv[1:] if argv is None else argv)
     output_dir = Path(config.output_dir)
-    _claim(output_dir, config)
+    claim(output_dir, config.training, _record(config))
     started = time.perf_counter()
     say = _speaker(config)
     setup = prepare(config, say)
@@ -55,14 +55,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     trainer, before, after = train(setup, config, optimum, say)
     summary = summarise(setup, config, trainer, before, after, optimum)
     summary["seconds"]["total"] = time.perf_counter() - started
-    if trainer.is_world_process_zero():
-        write_json(output_dir / CONFIG_FILE, _record(config))  # a resumed run may have changed it
-        write_json(output_dir / SCHEDULE_FILE, trainer.state_to_json())
-        write_text(output_dir / "README.md", model_card(config, summary))
-        write_json(output_dir / SUMMARY_FILE, summary)
+    finish(output_dir, trainer, _record(config), model_card(config, summary), summary)
     say(table(summary))
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()  # its threads must not outlive the interpreter
     say(f"\nwrote the model, {METRICS_FILE}, {SCHEDULE_FILE} and {SUMMARY_FILE} to {output_dir}/")
 
 
@@ -172,34 +166,55 @@ def _table_rows(summary: dict[str, Any]) -> Iterator[tuple[str, list[float]]]:
         yield "reward accuracy", [values["dpo_reward_accuracy"] for values in held_out]
 
 
-def _claim(output_dir: Path, config: RunConfig) -> None:
-    """Take the output directory, or refuse to overwrite the results of another run."""
+def claim(output_dir: Path, training: JointArguments, mine: dict[str, Any]) -> None:
+    """Take the output directory for the run that `mine` records.
+
+    Raises UserError rather than overwrite the results of another run."""
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"--output_dir {output_dir} exists and is not a directory")
-    mine = _record(config)
     record, done = output_dir / CONFIG_FILE, output_dir / SUMMARY_FILE
-    if done.exists() and not config.training.overwrite_output_dir:
+    if done.exists() and not training.overwrite_output_dir:
         theirs = read_json(record) if record.exists() else None
         if theirs != mine:
             raise UserError(
                 f"--output_dir {output_dir} holds the results of a run with other settings; "
                 "name another directory or pass --overwrite_output_dir true"
             )
-    if config.training.process_index == 0:
+    if training.process_index == 0:
         done.unlink(missing_ok=True)
-        if config.training.resume_from_checkpoint is None:
+        if training.resume_from_checkpoint is None:
             (output_dir / METRICS_FILE).unlink(missing_ok=True)
-        if not (record.exists() and config.training.resume_from_checkpoint):
+        if not (record.exists() and training.resume_from_checkpoint):
             write_json(record, mine)
 
 
-def _record(config: RunConfig) -> dict[str, Any]:
-    """What joint_config.json holds: every setting, as plain data."""
-    training = config.training.to_dict()
-    kept = {key: value for key, value in training.items() if key not in NOT_PART_OF_A_RUN}
-    record = {"model": asdict(config.model), "data": asdict(config.data), "training": kept}
-    plain: dict[str, Any] = json.loads(json.dumps(record, default=str))
+def finish(
+    output_dir: Path,
+    trainer: JointTrainer,
+    record: dict[str, Any],
+    card: str,
+    summary: dict[str, Any],
+) -> None:
+    """Write what a finished run leaves beside its model, the summary last; then the ranks part."""
+    if trainer.is_world_process_zero():
+        write_json(output_dir / CONFIG_FILE, record)  # a resumed run may have changed it
+        write_json(output_dir / SCHEDULE_FILE, trainer.state_to_json())
+        write_text(output_dir / "README.md", card)
+        write_json(output_dir / SUMMARY_FILE, summary)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # its threads must not outlive the interpreter
+
+
+def record_of(training: JointArguments, **others: Any) -> dict[str, Any]:
+    """What joint_config.json holds: `others` and every setting of the training, as plain data."""
+    settings = training.to_dict()
+    kept = {name: value for name, value in settings.items() if name not in NOT_PART_OF_A_RUN}
+    plain: dict[str, Any] = json.loads(json.dumps({**others, "training": kept}, default=str))
     return plain
+
+
+def _record(config: RunConfig) -> dict[str, Any]:
+    return record_of(config.training, model=asdict(config.model), data=asdict(config.data))
 
 
 def _checkpoint(arguments: TrainingArguments, say: Any) -> str | None:

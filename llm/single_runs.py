@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,7 +15,7 @@ from llm.evaluate import by_length, device_of, evaluating
 from llm.identity import OPTIMISER_SETTINGS, reference_of, settings
 from llm.objectives import LanguageObjective, Row, move
 from llm.setup import Setup, make_trainer, total_steps
-from theory.records import read_json, write_json
+from theory.records import digest, read_json, write_json
 from theory.schedulers import make_scheduler
 from theory.tasks import Task
 
@@ -103,7 +101,7 @@ def kept_run(
     """`single_run`, or its record if an interrupted command has left one (then True)."""
     folder = Path(config.output_dir) / "optima" / task.label
     path = folder / f"{steps}-steps-{learning_rate:g}.json"
-    key = _digest(_trained_by(setup, config) | {"gradient_rows": rows})
+    key = digest(_trained_by(setup, config) | {"gradient_rows": rows})
     record = read_json(path) if path.exists() else {}
     if record.get("fingerprint") == key:
         return SingleRun(**record["run"]), True
@@ -146,7 +144,7 @@ def problem(setup: Setup, config: RunConfig) -> dict[str, str]:
     """What the optimal losses belong to, by name: data, losses, reference and model."""
     training = config.training
     described = {
-        f"{task.label} data": _digest([fingerprint(part[task]) for part in _parts(setup)])
+        f"{task.label} data": digest([fingerprint(part[task]) for part in _parts(setup)])
         for task in setup.train
     }
     if Task.DPO in setup.train:
@@ -166,7 +164,7 @@ def problem(setup: Setup, config: RunConfig) -> dict[str, str]:
 def estimate_fingerprint(setup: Setup, config: RunConfig) -> str:
     """Changes with the problem and with how the single runs are trained and measured."""
     budget = {"steps": total_steps(setup, config), "rate": config.training.learning_rate}
-    return _digest(_trained_by(setup, config) | budget)
+    return digest(_trained_by(setup, config) | budget)
 
 
 def _trained_by(setup: Setup, config: RunConfig) -> dict[str, Any]:
@@ -182,7 +180,3 @@ def _trained_by(setup: Setup, config: RunConfig) -> dict[str, Any]:
 
 def _parts(setup: Setup) -> tuple[Mapping[Task, Any], Mapping[Task, Any]]:
     return setup.train, setup.held_out
-
-
-def _digest(data: Any) -> str:
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()

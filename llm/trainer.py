@@ -153,18 +153,21 @@ class JointTrainer(ReportingTrainer):
         return [{task.label: move(batch, self.args.device)} for batch in collated]
 
     def _draw(self, task: Task, num_batches: int) -> list[list[Row]]:
-        batches, stream = self._peek(task, num_batches), self.streams[task]
-        drawn = (row for batch in stream.peek(num_batches) for row in batch)
-        self._tokens_drawn[task] += sum(stream.lengths[row] for row in drawn)
+        drawn, stream = self._peek(task, num_batches), self.streams[task]
+        self._tokens_drawn[task] += sum(stream.lengths[i] for batch in drawn for i in batch)
         self.steps_taken[task] += 1
         stream.advance(num_batches)
-        return batches
+        return self._rows(task, drawn)
 
-    def _peek(self, task: Task, num_batches: int) -> list[list[Row]]:
+    def _peek(self, task: Task, num_batches: int) -> list[list[int]]:
+        """The row numbers of the next step's micro-batches."""
         if task not in self.streams:
             raise ValueError(f"the schedule selected {task.label}, but it has no training data")
+        return self.streams[task].peek(num_batches)
+
+    def _rows(self, task: Task, batches: list[list[int]]) -> list[list[Row]]:
         rows = self.train_rows[task]
-        return [[rows[i] for i in batch] for batch in self.streams[task].peek(num_batches)]
+        return [[rows[i] for i in batch] for batch in batches]
 
     def _probe(self, num_batches: int) -> NDArray[np.float64]:
         """Both losses (2,), by one reduction over the ranks and one read of the device."""
@@ -188,7 +191,7 @@ class JointTrainer(ReportingTrainer):
 
     def _forward_ahead(self, task: Task) -> torch.Tensor:
         """(loss, items) of the next batch: (2,); its graph is kept in case the step takes it."""
-        (rows,) = self._peek(task, 1)
+        (rows,) = self._rows(task, self._peek(task, 1))
         objective, model = self.objectives[task], self.model_wrapped
         batch = move(objective.collate(rows, self.pad_token_id), self.args.device)
         model.train()
@@ -200,7 +203,7 @@ class JointTrainer(ReportingTrainer):
 
     def _probed_batches(self, task: Task, num_batches: int) -> list[list[Row]]:
         if not self.value_rows:
-            return self._peek(task, num_batches)
+            return self._rows(task, self._peek(task, num_batches))
         size, args = self.args.per_device_eval_batch_size, self.args
         return share_of_rank(self.value_rows[task], size, args.process_index, args.world_size)
 

@@ -388,6 +388,7 @@ def test_the_command_leaves_optima_that_a_run_reads(
     [
         ("--algo maxright", "--algo says nothing about the optima"),
         ("--optima none", "--optima says nothing"),
+        ("--refresh-every 5", "--refresh_every says nothing"),  # argparse takes either spelling
         ("--resume_from_checkpoint true", "--resume_from_checkpoint says nothing"),
         ("--stationarity 2", "2 is not a number in"),
         ("--doublings 1", "two doublings"),

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
 from theory import records
-from theory.records import read_json, save_figure, write_json, write_parquet
+from theory.records import digest, read_json, save_figure, write_json, write_parquet
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 
@@ -37,6 +37,20 @@ def small_figure() -> Figure:
     axes.fill_between([1, 2, 3], [0, 3, 8], [2, 5, 10], alpha=0.25)
     figure.legend()
     return figure
+
+
+@given(st.dictionaries(st.text(), finite_json, max_size=3))
+def test_a_digest_depends_on_the_values_and_not_on_their_order(data: dict[str, Any]) -> None:
+    assert (
+        digest(dict(reversed(data.items()))) == digest(data) == digest(json.loads(json.dumps(data)))
+    )
+    assert digest({**data, "one more": 1}) != digest(data)
+
+
+def test_a_digest_names_the_same_value_in_every_release() -> None:
+    # Results on disk are found by it. The expected value is sha256sum of the text in the comment.
+    value = {"b": (1, 0.5), "a": Path("é")}  # {"a": "\u00e9", "b": [1, 0.5]}
+    assert digest(value) == "9dcc384d153a223ca84813c41a105e36b25f4320fb131bc1a27a5cdf6bc9bf45"
 
 
 def failing_frame() -> pd.DataFrame:
@@ -155,12 +169,12 @@ def test_the_same_figure_gives_the_same_bytes(tmp_path: Path) -> None:
 
 def test_a_figure_is_saved_as_png_and_svg_and_settings_stay(tmp_path: Path) -> None:
     before = dict(mpl.rcParams)
-    save_figure(small_figure(), tmp_path / "figure")
-    assert {p.name for p in tmp_path.iterdir()} == {"figure.png", "figure.svg"}
-    png = (tmp_path / "figure.png").read_bytes()
+    save_figure(small_figure(), tmp_path / "features.2")  # a dot in a name is no suffix
+    assert {p.name for p in tmp_path.iterdir()} == {"features.2.png", "features.2.svg"}
+    png = (tmp_path / "features.2.png").read_bytes()
     assert png.startswith(PNG_MAGIC)
     assert int.from_bytes(png[16:20], "big") == 2 * 200  # 2 inches at 200 dpi
-    svg = (tmp_path / "figure.svg").read_text(encoding="utf-8")
+    svg = (tmp_path / "features.2.svg").read_text(encoding="utf-8")
     assert svg.rstrip().endswith("</svg>")
     assert "dc:date" not in svg
     assert dict(mpl.rcParams) == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -27,6 +28,12 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def digest(value: Any) -> str:
+    """sha256 (hex) of `value` as JSON with sorted keys; what JSON cannot hold counts as its str."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def write_parquet(path: Path, frame: pd.DataFrame) -> None:
     write_file(path, lambda temporary: frame.to_parquet(temporary, index=False))
 
@@ -43,12 +50,12 @@ def write_file(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """Save a matplotlib figure as PNG (200 dpi) and SVG under `path` without its suffix."""
+    """Save a matplotlib figure as PNG (200 dpi) and SVG: `path` with .png and .svg appended."""
     # No date and no random ids in the SVG: the same numbers give the same bytes.
     with mpl.rc_context({"svg.hashsalt": "joint-sft-dpo"}):
         for suffix, metadata in (("png", {}), ("svg", {"Date": None})):
             save = partial(figure.savefig, format=suffix, dpi=200, metadata=metadata)
-            write_file(path.with_suffix(f".{suffix}"), save)
+            write_file(path.with_name(f"{path.name}.{suffix}"), save)
 
 
 def _finite(data: Any) -> Any:

@@ -9,7 +9,6 @@ stopped and ends with the same bits.
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -29,7 +28,7 @@ from theory.metrics import convex_metrics, t_interval
 from theory.optima import ProblemOptima
 from theory.optimizers import Rule
 from theory.problems import make_problem
-from theory.records import write_parquet
+from theory.records import digest, write_parquet
 from theory.schedulers import Scheduler, make_scheduler, scheduler_options
 from theory.simulate import ITERATES, StepSize, Trace, simulate
 from theory.tasks import Task
@@ -86,8 +85,7 @@ class Batch:
         fields = {**asdict(self), "rule": repr(self.rule), "code": _code_digest()}
         if is_feature_file(self.problem):
             fields["data"] = FeatureFile.digest(self.problem)
-        text = json.dumps(fields, sort_keys=True, default=str)
-        return hashlib.sha256(text.encode()).hexdigest()[:20]
+        return digest(fields)[:20]
 
     def run(self) -> pd.DataFrame:
         """One row per run, lam, recorded step and iterate: `KEYS`, seed, metrics and counts."""
@@ -154,10 +152,10 @@ class Batch:
 @cache
 def _code_digest() -> str:
     """Identifies this version of the package: parts of another one are not taken for results."""
-    digest = hashlib.sha256()
+    code = hashlib.sha256()
     for path in sorted(Path(__file__).parent.rglob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
+        code.update(path.read_bytes())
+    return code.hexdigest()
 
 
 def _counts(trace: Trace, chosen: list[int]) -> Iterator[NDArray[np.int64]]:

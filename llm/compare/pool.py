@@ -35,7 +35,7 @@ from llm.models import load_policy, with_adapters
 from llm.setup import Setup
 from llm.single_runs import EVALUATION_SETTINGS, STEP_SETTINGS, problem
 from theory.cli import UserError
-from theory.records import read_json, write_file, write_json
+from theory.records import digest, read_json, write_file, write_json
 from theory.tasks import Task
 
 RESULT, PREPARED = "result.json", ".prepared"
@@ -144,15 +144,15 @@ def shared_fingerprint(config: RunConfig, setup: Setup) -> str:
         "libraries": [torch.__version__, transformers.__version__],
         "device": training.device.type,
     }
-    return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
+    return digest(identity)
 
 
 def code_digest() -> str:
-    root, digest = Path(__file__).parents[2], hashlib.sha256()
+    root, code = Path(__file__).parents[2], hashlib.sha256()
     for pattern in CODE:
         for path in sorted(root.glob(pattern)):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()
+            code.update(path.read_bytes())
+    return code.hexdigest()
 
 
 # --- in the worker

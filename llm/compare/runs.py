@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import time
 from contextlib import redirect_stdout
@@ -25,6 +23,7 @@ from llm.run import new_trainer
 from llm.setup import Setup
 from llm.trainer import JointTrainer
 from theory.cli import UserError
+from theory.records import digest
 from theory.schedulers import ORDERS, Sequential, scheduler_options
 from theory.tasks import Task
 
@@ -63,8 +62,7 @@ class Run:
 
     def key(self, shared: str) -> str:
         """Names the run, given a fingerprint of everything that the runs share."""
-        text = json.dumps({"run": asdict(self), "shared": shared}, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:20]
+        return digest({"run": asdict(self), "shared": shared})[:20]
 
     def with_seed(self, seed: int) -> Run:
         return replace(self, seed=seed)

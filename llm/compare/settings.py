@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from llm.config import RunConfig, schedule_options
+from llm.config import RunConfig, named_flags, schedule_options
 from llm.config import parse as parse_run
 from theory.cli import OneLineParser, UserError, positive_float, positive_int, unit_float
 from theory.schedulers import ORDERS
@@ -170,7 +170,7 @@ def _parser() -> OneLineParser:
 
 def _run_argv(own: argparse.Namespace, rest: Sequence[str]) -> list[str]:
     """The shared run's flags. MAXRIGHT takes the most flags, so it stands for all if compared."""
-    named = {t.split("=")[0][2:].replace("-", "_") for t in rest if t.startswith("--")}
+    named = named_flags(rest)
     for name in sorted(named & SET_HERE.keys() - {"learning_rate"}):
         raise UserError(f"--{name} is set by the comparison: {SET_HERE[name]}")
     if "learning_rate" in named and own.learning_rates:

@@ -14,7 +14,6 @@ the held-out perplexity before and after) and README.md.
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import time
@@ -22,8 +21,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from llm.arguments import ModelArguments
 from llm.checks import check_max_length
@@ -40,27 +37,17 @@ from llm.pretrain.texts import (
     split_documents,
     texts_of,
 )
-from llm.run import (
-    CONFIG_FILE,
-    METRICS_FILE,
-    NOT_PART_OF_A_RUN,
-    SCHEDULE_FILE,
-    SUMMARY_FILE,
-    summarise,
-    train,
-)
+from llm.run import METRICS_FILE, SUMMARY_FILE, claim, finish, record_of, summarise, train
 from llm.setup import Setup
-from theory.cli import UserError, run_command
-from theory.records import read_json, write_json, write_text
+from theory.cli import run_command
 from theory.tasks import Task
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     config = parse(sys.argv[1:] if argv is None else argv)
     training, out = config.run.training, Path(config.run.output_dir)
-    _claim(out, config)
-    is_main = training.process_index == 0
-    say: Callable[..., None] = print if is_main else lambda *_: None
+    claim(out, training, _record(config))
+    say: Callable[..., None] = print if training.process_index == 0 else lambda *_: None
     started = time.perf_counter()
     setup = prepare(config, say)
     trainer, before, after = train(setup, config.run, None, say)
@@ -69,14 +56,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     losses = {"before": before["sft_loss"], "after": after["sft_loss"]}
     summary["perplexity"] = {moment: math.exp(loss) for moment, loss in losses.items()}
     summary["parameters"] = sum(each.numel() for each in trainer.model.parameters())
-    if is_main:
-        write_json(out / CONFIG_FILE, _record(config))
-        write_json(out / SCHEDULE_FILE, trainer.state_to_json())
-        write_text(out / "README.md", card(config, summary))
-        write_json(out / SUMMARY_FILE, summary)
+    finish(out, trainer, _record(config), card(config, summary), summary)
     say(table(summary))
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()  # its threads must not outlive the interpreter
     say(f"\nwrote the model, {METRICS_FILE} and {SUMMARY_FILE} to {out}/")
 
 
@@ -163,34 +144,10 @@ def card(config: PretrainConfig, summary: dict[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
-def _claim(out: Path, config: PretrainConfig) -> None:
-    """Take the output directory, or refuse to overwrite the results of another run."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--output_dir {out} exists and is not a directory")
-    training, mine = config.run.training, _record(config)
-    record, done = out / CONFIG_FILE, out / SUMMARY_FILE
-    theirs = read_json(record) if done.exists() and record.exists() else None
-    if done.exists() and theirs != mine and not training.overwrite_output_dir:
-        raise UserError(
-            f"--output_dir {out} holds the results of a run with other settings; name another "
-            "directory or pass --overwrite_output_dir true"
-        )
-    if training.process_index == 0:
-        done.unlink(missing_ok=True)
-        if training.resume_from_checkpoint is None:
-            (out / METRICS_FILE).unlink(missing_ok=True)
-        if not (record.exists() and training.resume_from_checkpoint):
-            write_json(record, mine)
-
-
 def _record(config: PretrainConfig) -> dict[str, Any]:
     """Every setting, as plain data: what `llm.run` records, and the texts and the shape."""
-    training = config.run.training.to_dict()
-    kept = {name: value for name, value in training.items() if name not in NOT_PART_OF_A_RUN}
     data = {name: value for name, value in asdict(config.run.data).items() if name in DATA_FLAGS}
-    record = {"pretrain": config.to_json(), "data": data, "training": kept}
-    plain: dict[str, Any] = json.loads(json.dumps(record, default=str))
-    return plain
+    return record_of(config.run.training, pretrain=config.to_json(), data=data)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,6 @@ measured             f_Mix(theta_s) - f_Mix(theta_m).
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -38,7 +36,7 @@ from llm.validate.lanczos import Krylov, lanczos
 from llm.validate.quantities import Quantity, above, measured
 from theory.bounds import gap_from_gradient
 from theory.metrics import mean_interval, mix_value
-from theory.records import read_json, write_json
+from theory.records import digest, read_json, write_json
 from theory.schedulers import ORDERS
 from theory.tasks import Task
 
@@ -106,8 +104,7 @@ def _of_seed(bench: Bench, folders: dict[str, str]) -> dict[str, Any]:
     steps, rows = bench.config.krylov_steps, bench.config.probe_rows
     runs = {name: Path(folder).name for name, folder in folders.items()}  # a digest of each run
     key = {"runs": runs, "krylov_steps": steps, "rows": rows}
-    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:20]
-    place = bench.config.out / RUNS / "probes" / f"{name}.json"
+    place = bench.config.out / RUNS / "probes" / f"{digest(key)[:20]}.json"
     if not place.is_file():
         probes = {name: _probe(bench, folder) for name, folder in folders.items()}
         part = {"joint": asdict(joint_point(probes["mix"], steps))}
