@@ -72,9 +72,6 @@ def notebook(request: pytest.FixtureRequest) -> tuple[NotebookNode, NotebookNode
     """As it is kept, and executed again where it lies; nothing is written."""
     path: Path = request.param
     stored = nbformat.read(path, as_version=4)
-    for name in re.findall(r'kept\("(\w+)"\)', "\n".join(c.source for c in code_cells(stored))):
-        if not (ROOT / "figures" / name).is_dir():
-            pytest.skip(f"figures/{name} is not recorded yet")
     again = nbformat.read(path, as_version=4)
     for part in code_cells(again):
         part.outputs = []

@@ -111,6 +111,34 @@ def test_colours_are_far_apart() -> None:
     assert min(distances) > 0.25
 
 
+SEEN = {
+    "normal": np.eye(3),
+    "protanopia": [[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]],
+    "deuteranopia": [[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]],
+    "tritanopia": [[1.256, -0.077, -0.179], [-0.078, 0.931, 0.148], [0.005, 0.691, 0.304]],
+}
+"""Linear RGB as the eye sees it: Machado, Oliveira and Fernandes (2009), severity 1."""
+
+
+def lab(colour: str, seen: Any) -> np.ndarray:
+    """CIELAB (D65) of an sRGB colour as an eye sees it."""
+    rgb = np.array(to_rgb(colour))
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    to_xyz = [[0.4125, 0.3576, 0.1804], [0.2127, 0.7152, 0.0722], [0.0193, 0.1192, 0.9503]]
+    xyz = to_xyz @ np.clip(seen @ linear, 0.0, 1.0) / [0.9505, 1.0, 1.0888]
+    x, y, z = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize("seen", SEEN.values(), ids=list(SEEN))
+def test_what_is_no_algorithm_of_the_paper_has_colours_of_its_own(seen: Any) -> None:
+    """About 2.3 is just noticeable; the style promises 15."""
+    own = [lab(colour, np.array(seen)) for colour in style.OTHER_COLOURS.values()]
+    algorithms = [lab(colour, np.array(seen)) for colour in style.COLOURS.values()]
+    pairs = [*itertools.combinations(own, 2), *itertools.product(own, algorithms)]
+    assert min(float(np.linalg.norm(a - b)) for a, b in pairs) > 15.0
+
+
 @given(st.lists(st.floats(0.0, 1.0), min_size=1, max_size=6))
 def test_middle_is_the_lam_closest_to_one_half(lams: list[float]) -> None:
     assert style.middle(lams) in lams

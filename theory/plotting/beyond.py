@@ -15,29 +15,36 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from theory.plotting.style import COLOURS, GAP_NAMES, LABELS, MARKERS, STYLE, short_name
+from theory.plotting.style import (
+    COLOURS,
+    GAP_NAMES,
+    LABELS,
+    MARKERS,
+    OTHER_COLOURS,
+    STYLE,
+    short_name,
+)
 
 STYLED = mpl.rc_context(STYLE)
 """Decorates a figure: its style holds while it is drawn, and nowhere else."""
 Numbers = list[dict[str, Any]]
 Summary = dict[str, Any]
 
-BEYOND_COLOURS = {"alternate": "#56B4E9", "importance": "#CC79A7"}
-"""Okabe and Ito's sky blue; importance sampling shares no figure with MAXRIGHT."""
+BEYOND_COLOURS = {"alternate": OTHER_COLOURS["indigo"], "importance": OTHER_COLOURS["wine"]}
 GREY = "0.45"
 RULE_STYLES = {
-    "none": ("#000000", "o", "SGD"),
-    "adam": ("#009E73", "s", "Adam"),
-    "adam, beta2=0.95": ("#56B4E9", "D", r"Adam, $\beta_2=0.95$"),
-    "clip 3": ("#D55E00", "v", "clip 3"),
-    "clip 3 + adam": ("#E69F00", "^", "clip 3, Adam"),
+    "none": (OTHER_COLOURS["black"], "o", "SGD"),
+    "adam": (OTHER_COLOURS["indigo"], "s", "Adam"),
+    "adam, beta2=0.95": (OTHER_COLOURS["cyan"], "D", r"Adam, $\beta_2=0.95$"),
+    "clip 3": (OTHER_COLOURS["wine"], "v", "clip 3"),
+    "clip 3 + adam": (OTHER_COLOURS["lilac"], "^", "clip 3, Adam"),
 }
 SOURCE_STYLES = {
-    "exact": ("#000000", "o", "exact"),
-    "same": ("#D55E00", "v", "same batch"),
-    "fresh": ("#E69F00", "^", "fresh batch"),
-    "same_ema": ("#0072B2", "s", "same, EMA"),
-    "fresh_ema": ("#56B4E9", "D", "fresh, EMA"),
+    "exact": (OTHER_COLOURS["black"], "o", "exact"),
+    "same": (OTHER_COLOURS["indigo"], "v", "same batch"),
+    "fresh": (OTHER_COLOURS["wine"], "^", "fresh batch"),
+    "same_ema": (OTHER_COLOURS["cyan"], "s", "same, EMA"),
+    "fresh_ema": (OTHER_COLOURS["lilac"], "D", "fresh, EMA"),
 }
 
 

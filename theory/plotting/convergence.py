@@ -88,7 +88,7 @@ def convergence_figure(
                 handlelength=1.8,
             )
         figure.supxlabel(
-            f"steps $T$;{'  ' if len(problems) > 2 else chr(10)}"
+            f"steps $T${';  ' if len(problems) > 2 else chr(10)}"
             rf"$\lambda$ = {lam:g}, $\alpha$-weighted averages, "
             f"{int(rows['seeds'].max())} seeds, 95% intervals",
             fontsize=8,

@@ -41,7 +41,7 @@ def gap_figure(
         seeds = int(rows["seeds"].max())
         wide = len(problems) > 2
         figure.supxlabel(
-            f"training budget $T$ (steps);{'  ' if wide else chr(10)}"
+            f"training budget $T$ (steps){';  ' if wide else chr(10)}"
             rf"$\lambda$ = {lam:g}, $\alpha$-weighted averages, "
             f"{seeds} seeds, 95% intervals",
             fontsize=8,

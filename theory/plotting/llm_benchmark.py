@@ -9,15 +9,15 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from theory.plotting.style import COLOURS, STYLE
+from theory.plotting.style import OTHER_COLOURS, STYLE
 
 Lines = list[dict[str, Any]]
 SUITE_COLOURS = {
-    "dpo": COLOURS["dpo_then_sft"],
-    "sft": COLOURS["sft_then_dpo"],
-    "joint": COLOURS["mix"],
-    "cost": COLOURS["alright"],
-    "overhead": COLOURS["maxright"],
+    "dpo": OTHER_COLOURS["wine"],
+    "sft": OTHER_COLOURS["cyan"],
+    "joint": OTHER_COLOURS["indigo"],
+    "cost": OTHER_COLOURS["lilac"],
+    "overhead": OTHER_COLOURS["black"],
 }
 MIB = 1024.0
 
@@ -62,7 +62,8 @@ def _near_one(axes: Axes, lines: Lines) -> None:
     names = []
     for row, line in enumerate(lines):
         cost = "ratio" in line
-        _point(axes, row, line["ratio"] if cost else line, COLOURS["alright" if cost else "mix"])
+        suite = "cost" if cost else line["suite"]
+        _point(axes, row, line["ratio"] if cost else line, SUITE_COLOURS[suite])
         if not cost:
             bounds = [1.0 - line["target"], 1.0 + line["target"]]
             for target in bounds if line["sense"] == "within" else [line["target"]]:

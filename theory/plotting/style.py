@@ -1,7 +1,7 @@
 """What all figures share.
 
 Colours are Okabe and Ito's (distinct under every common colour blindness); an algorithm has the
-same colour, marker and label in every figure.
+same colour, marker and label in every figure, and what is no algorithm of the paper has others.
 """
 
 from __future__ import annotations
@@ -17,6 +17,15 @@ COLOURS = {
     "alright": "#009E73",
     "maxright": "#CC79A7",
 }
+OTHER_COLOURS = {
+    "black": "#000000",
+    "indigo": "#332288",
+    "wine": "#882255",
+    "cyan": "#88CCEE",
+    "lilac": "#9A8FE0",
+}
+"""For what is no algorithm of the paper: apart from each other and from `COLOURS` (15 in CIELAB's
+distance, or more) with normal vision and under the three colour blindnesses."""
 MARKERS = {"dpo_then_sft": "v", "sft_then_dpo": "^", "mix": "s", "alright": "o", "maxright": "D"}
 LABELS = {
     "dpo_then_sft": "DPO then SFT",
