@@ -62,7 +62,8 @@ def _padded(model: torch.nn.Module, batch: Mapping[str, Any]) -> ResponseLogps:
     )
     targets = batch["labels"][:, 1:]
     mask = targets != IGNORE_INDEX
-    values = label_logps(output.logits[:, :-1][mask], targets[mask])
+    # Indexing by a mask copies: the logits here are nobody else's.
+    values = label_logps(output.logits[:, :-1][mask], targets[mask], overwrite=True)
     return ResponseLogps(values, mask.nonzero()[:, 0], len(mask))
 
 
@@ -80,7 +81,7 @@ def _packed(model: torch.nn.Module, batch: Mapping[str, Any]) -> ResponseLogps:
         with _scoring(inner, targets):
             values = model(**inputs).logits.reshape(-1)
     else:
-        values = label_logps(model(**inputs).logits[0], targets)
+        values = label_logps(model(**inputs).logits.squeeze(0), targets)
     count = len(batch["plan"].lengths)
     return ResponseLogps(values, batch["owners"], count)
 
@@ -141,13 +142,13 @@ def _scoring(model: Any, targets: Tensor) -> Iterator[None]:
 def _in_chunks(
     logits_of: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, vocabulary: int
 ) -> Tensor:
+    def score(part: Tensor, ids: Tensor) -> Tensor:
+        # squeeze, since the backward of [0] would fill a tensor of zeros
+        return label_logps(logits_of(part).squeeze(0), ids, overwrite=True)
+
     rows = max(1, LOGITS_BYTES // (4 * vocabulary))
     if len(targets) <= rows:
-        return label_logps(logits_of(hidden)[0], targets).reshape(1, -1, 1)
-
-    def score(part: Tensor, ids: Tensor) -> Tensor:
-        return label_logps(logits_of(part)[0], ids)
-
+        return score(hidden, targets).reshape(1, -1, 1)
     parts = [
         checkpoint(score, part, ids, use_reentrant=False)
         for part, ids in zip(hidden.split(rows, dim=1), targets.split(rows), strict=True)

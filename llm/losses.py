@@ -11,13 +11,16 @@ random number or keeps state. Log-probabilities are in nats.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 IGNORE_INDEX = -100
+CACHE_BYTES = 2**20
+"""Logits worked on at once on a CPU, so that they stay in its cache."""
 LOSS_TYPES = ("sigmoid", "ipo", "hinge", "robust", "sigmoid_norm")
 SMOOTHED_LOSS_TYPES = ("sigmoid", "robust")
 LENGTH_NORMALISED_LOSS_TYPES = ("ipo", "sigmoid_norm")
@@ -61,15 +64,53 @@ def token_logps(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return values.new_zeros(targets.shape).masked_scatter(mask, values), mask
 
 
-def label_logps(logits: Tensor, labels: Tensor) -> Tensor:
+def label_logps(logits: Tensor, labels: Tensor, *, overwrite: bool = False) -> Tensor:
     """log softmax(logits)[labels] of each row: logits (N, V), labels (N,), result (N,).
 
     float32 whatever the type of the logits (float64 stays float64): bfloat16 has 8 bits of
     mantissa, so a log-probability near -10 would be off by up to 0.03, and a sum over hundreds of
     tokens by more than the margin h that DPO looks at.
+
+    With `overwrite` the backward pass may leave its gradient in `logits`, if nothing else reads
+    them: a second tensor of their size is then never made (on a CPU; CUDA has a fused kernel).
     """
     promoted = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if promoted.device.type == "cpu":
+        values: Tensor = _LabelLogps.apply(promoted, labels, overwrite)
+        return values
     return -F.cross_entropy(promoted, labels, reduction="none")
+
+
+class _LabelLogps(torch.autograd.Function):
+    """logits[label] - logsumexp(logits), some rows at a time.
+
+    The gradient of row n is g_n (onehot(label_n) - softmax(logits_n)). A few rows fit into the
+    cache; log_softmax and its backward would write and read three tensors (N, V) of new memory.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, overwrite: bool) -> Tensor:
+        parts = logits.split(_rows_in_cache(logits))
+        normalisers = torch.cat([part.logsumexp(-1) for part in parts])
+        ctx.save_for_backward(logits, labels, normalisers)
+        ctx.overwrite = overwrite
+        return logits.gather(1, labels[:, None])[:, 0] - normalisers
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        logits, labels, normalisers = ctx.saved_tensors
+        result = logits if ctx.overwrite else torch.empty_like(logits)
+        columns = (x[:, None] for x in (normalisers, labels, gradient))
+        rows = _rows_in_cache(logits)
+        parts = (x.split(rows) for x in (result, logits, *columns))
+        for out, part, z, ids, g in zip(*parts, strict=True):
+            torch.sub(part, z, out=out).exp_().mul_(-g).scatter_add_(1, ids, g)
+        return result, None, None
+
+
+def _rows_in_cache(logits: Tensor) -> int:
+    return max(1, CACHE_BYTES // (logits.element_size() * max(1, logits.shape[1])))
 
 
 def sequence_logps(logits: Tensor, labels: Tensor) -> Tensor:

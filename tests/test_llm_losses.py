@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llm import losses
 from llm.collate import collate_preference, collate_sft
 from llm.data import encode_preference, encode_sft
 from llm.losses import (
@@ -19,6 +21,7 @@ from llm.losses import (
     SMOOTHED_LOSS_TYPES,
     check_preference_options,
     dpo_loss,
+    label_logps,
     response_lengths,
     sequence_logps,
     sft_loss,
@@ -74,6 +77,43 @@ def test_position_t_predicts_token_t_plus_1() -> None:
         assert logps[b, t].item() == pytest.approx(math.log(row[labels[b, t + 1]] / sum(row)))
     assert mask.sum(-1).tolist() == [3, 1, 0] == response_lengths(labels).tolist()
     assert (logps[~mask] == 0).all()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_label_logps_are_torchs_cross_entropy(
+    dtype: torch.dtype, overwrite: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The values, and their gradient; over several chunks, with an impossible token."""
+    monkeypatch.setattr(losses, "CACHE_BYTES", 3 * 8 * 11)
+    generator = torch.Generator().manual_seed(0)
+    logits = (10.0 * torch.randn(10, 11, generator=generator, dtype=torch.float64)).to(dtype)
+    logits[2, 5] = -torch.inf
+    labels = torch.randint(0, 5, (10,), generator=generator)
+    weights = torch.randn(10, generator=generator, dtype=torch.float64)
+    leaf = logits.clone().requires_grad_()
+    values = label_logps(leaf * 1.0, labels, overwrite=overwrite)
+    (gradient,) = torch.autograd.grad(values, leaf, weights.to(values.dtype))
+    exact = logits.double().requires_grad_()
+    expected = -F.cross_entropy(exact, labels, reduction="none")
+    (slope,) = torch.autograd.grad(expected, exact, weights)
+    # bfloat16 logits are exact in float32; their gradient is rounded to 8 bits.
+    torch.testing.assert_close(values.double(), expected, rtol=1e-6, atol=1e-6)
+    rounding = 1e-2 if dtype == torch.bfloat16 else 1e-6
+    torch.testing.assert_close(gradient.double(), slope, rtol=rounding, atol=1e-6)
+
+
+def test_label_logps_leave_logits_alone_unless_they_may_overwrite_them() -> None:
+    for overwrite in (False, True):
+        logits = torch.randn(4, 6, requires_grad=True) * 1.0
+        before, labels = logits.detach().clone(), torch.tensor([0, 1, 2, 3])
+        values = label_logps(logits, labels, overwrite=overwrite)
+        torch.testing.assert_close(logits, before, rtol=0, atol=0)
+        values.sum().backward(retain_graph=True)
+        assert torch.equal(logits.detach(), before) is not overwrite
+        if overwrite:  # what was saved is gone, and autograd says so
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                values.sum().backward()
 
 
 def test_sequence_logps_are_sums_over_response_tokens() -> None:
