@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 IGNORE_INDEX = -100
 CACHE_BYTES = 2**20
@@ -97,9 +96,11 @@ class _LabelLogps(torch.autograd.Function):
         return logits.gather(1, labels[:, None])[:, 0] - normalisers
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         logits, labels, normalisers = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph: this is to be differentiated as well
+            chosen = F.one_hot(labels, logits.shape[1])
+            return gradient[:, None] * (chosen - logits.softmax(-1)), None, None
         result = logits if ctx.overwrite else torch.empty_like(logits)
         columns = (x[:, None] for x in (normalisers, labels, gradient))
         rows = _rows_in_cache(logits)

@@ -103,6 +103,15 @@ def test_label_logps_are_torchs_cross_entropy(
     torch.testing.assert_close(gradient.double(), slope, rtol=rounding, atol=1e-6)
 
 
+def test_label_logps_have_second_derivatives() -> None:
+    """Hessian products (llm.validate) go through them."""
+    logits = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([0, 4, 2])
+    for overwrite in (False, True):
+        values = lambda x, o=overwrite: label_logps(x * 1.0, labels, overwrite=o)  # noqa: E731
+        assert torch.autograd.gradgradcheck(values, logits)
+
+
 def test_label_logps_leave_logits_alone_unless_they_may_overwrite_them() -> None:
     for overwrite in (False, True):
         logits = torch.randn(4, 6, requires_grad=True) * 1.0
