@@ -48,7 +48,8 @@ class ResponseLogps:
 def response_logps(model: torch.nn.Module, batch: Mapping[str, Any]) -> ResponseLogps:
     """log pi(token | prompt, response so far) of the response tokens of a padded or packed batch.
 
-    float32 (float64 for a float64 model) in nats; rows as in `llm.collate` and `llm.packing`.
+    float32 (float64 for a float64 model) in nats; rows as in `llm.collate` and `llm.packing`. A
+    model in training mode is for one backward pass, which may overwrite its logits.
     """
     if "plan" not in batch:
         return _padded(model, batch)
@@ -63,7 +64,8 @@ def _padded(model: torch.nn.Module, batch: Mapping[str, Any]) -> ResponseLogps:
     targets = batch["labels"][:, 1:]
     mask = targets != IGNORE_INDEX
     # Indexing by a mask copies: the logits here are nobody else's.
-    values = label_logps(output.logits[:, :-1][mask], targets[mask], overwrite=True)
+    logits = output.logits[:, :-1][mask]
+    values = label_logps(logits, targets[mask], overwrite=model.training)
     return ResponseLogps(values, mask.nonzero()[:, 0], len(mask))
 
 
@@ -130,7 +132,8 @@ def _scoring(model: Any, targets: Tensor) -> Iterator[None]:
     logits_of = head.forward
 
     def forward(hidden: Tensor) -> Tensor:
-        return _in_chunks(logits_of, hidden, targets, model.config.get_text_config().vocab_size)
+        vocabulary = model.config.get_text_config().vocab_size
+        return _in_chunks(logits_of, hidden, targets, vocabulary, overwrite=model.training)
 
     head.forward = forward
     try:
@@ -140,11 +143,16 @@ def _scoring(model: Any, targets: Tensor) -> Iterator[None]:
 
 
 def _in_chunks(
-    logits_of: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, vocabulary: int
+    logits_of: Callable[[Tensor], Tensor],
+    hidden: Tensor,
+    targets: Tensor,
+    vocabulary: int,
+    *,
+    overwrite: bool,
 ) -> Tensor:
     def score(part: Tensor, ids: Tensor) -> Tensor:
         # squeeze, since the backward of [0] would fill a tensor of zeros
-        return label_logps(logits_of(part).squeeze(0), ids, overwrite=True)
+        return label_logps(logits_of(part).squeeze(0), ids, overwrite=overwrite)
 
     rows = max(1, LOGITS_BYTES // (4 * vocabulary))
     if len(targets) <= rows:

@@ -81,37 +81,36 @@ def label_logps(logits: Tensor, labels: Tensor, *, overwrite: bool = False) -> T
 
 
 class _LabelLogps(torch.autograd.Function):
-    """logits[label] - logsumexp(logits), some rows at a time.
+    """log softmax(logits)[label], some rows at a time.
 
     The gradient of row n is g_n (onehot(label_n) - softmax(logits_n)). A few rows fit into the
-    cache; log_softmax and its backward would write and read three tensors (N, V) of new memory.
+    cache; log_softmax of all of them and its backward make three tensors (N, V) of new memory.
     """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, overwrite: bool) -> Tensor:
-        parts = logits.split(_rows_in_cache(logits))
-        normalisers = torch.cat([part.logsumexp(-1) for part in parts])
-        ctx.save_for_backward(logits, labels, normalisers)
+        ctx.save_for_backward(logits, labels)
         ctx.overwrite = overwrite
-        return logits.gather(1, labels[:, None])[:, 0] - normalisers
+        pairs = zip(*_in_cache(logits, labels[:, None]), strict=True)
+        return torch.cat([part.log_softmax(-1).gather(1, ids)[:, 0] for part, ids in pairs])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        logits, labels, normalisers = ctx.saved_tensors
+        logits, labels = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph: this is to be differentiated as well
             chosen = F.one_hot(labels, logits.shape[1])
             return gradient[:, None] * (chosen - logits.softmax(-1)), None, None
         result = logits if ctx.overwrite else torch.empty_like(logits)
-        columns = (x[:, None] for x in (normalisers, labels, gradient))
-        rows = _rows_in_cache(logits)
-        parts = (x.split(rows) for x in (result, logits, *columns))
-        for out, part, z, ids, g in zip(*parts, strict=True):
-            torch.sub(part, z, out=out).exp_().mul_(-g).scatter_add_(1, ids, g)
+        parts = _in_cache(result, logits, labels[:, None], gradient[:, None])
+        for out, part, ids, g in zip(*parts, strict=True):
+            torch.mul(part.softmax(-1), -g, out=out).scatter_add_(1, ids, g)
         return result, None, None
 
 
-def _rows_in_cache(logits: Tensor) -> int:
-    return max(1, CACHE_BYTES // (logits.element_size() * max(1, logits.shape[1])))
+def _in_cache(logits: Tensor, *others: Tensor) -> list[tuple[Tensor, ...]]:
+    """The tensors in parts of so many rows that CACHE_BYTES hold those of `logits`."""
+    rows = max(1, CACHE_BYTES // (logits.element_size() * max(1, logits.shape[1])))
+    return [each.split(rows) for each in (logits, *others)]
 
 
 def sequence_logps(logits: Tensor, labels: Tensor) -> Tensor:
