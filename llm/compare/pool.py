@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import wait
@@ -191,7 +192,23 @@ def _train_in_worker(run: Run, folder: Path) -> Record:
 def _train_here(
     setup: Setup, config: RunConfig, keep_models: bool, run: Run, folder: Path
 ) -> Record:
-    return train(setup, config, run, folder, keep_models)
+    with _hushed():
+        return train(setup, config, run, folder, keep_models)
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """What transformers has to say of the model is the same for every run, and breaks the bar."""
+    before = transformers.logging.get_verbosity()
+    bars = transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(before)
+        if bars:
+            transformers.logging.enable_progress_bar()
 
 
 def _pack(setup: Setup, config: RunConfig) -> bytes:
