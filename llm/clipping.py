@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,12 +47,17 @@ class StepNorms:
         device. An infinity or NaN (an overflow in float16, a step that the loss scaler skips) does
         not enter.
         """
-        old, other = self.values[task], self.values[task.other]
-        moved = old + RATE * (torch.minimum(norm, OUTLIER * old) - old)
-        new = torch.where(old > 0.0, moved, norm)
-        self.values[task] = torch.where(torch.isfinite(norm), new, old)
-        longest = torch.maximum(norm, self.values.max())
-        return torch.where(other > 0.0, longest, norm)
+        xp: Any = torch
+        n: Any = norm
+        values: Any = self.values
+        if norm.device.type == "cpu":  # NumPy's scalars cost a fraction of one-element tensors
+            xp, n, values = np, norm.detach().numpy(), self.values.numpy()
+        old, other = values[task], values[task.other]
+        moved = old + RATE * (xp.minimum(n, OUTLIER * old) - old)
+        new = xp.where(old > 0.0, moved, n)
+        values[task] = xp.where(xp.isfinite(n), new, old)
+        longest = xp.maximum(n, values.max())
+        return torch.as_tensor(xp.where(other > 0.0, longest, n))
 
     def forget(self) -> None:
         """Start anew, as at the boundary of two stages."""

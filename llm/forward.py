@@ -62,11 +62,11 @@ def _padded(model: torch.nn.Module, batch: Mapping[str, Any]) -> ResponseLogps:
         input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
     )
     targets = batch["labels"][:, 1:]
-    mask = targets != IGNORE_INDEX
-    # Indexing by a mask copies: the logits here are nobody else's.
-    logits = output.logits[:, :-1][mask]
-    values = label_logps(logits, targets[mask], overwrite=model.training)
-    return ResponseLogps(values, mask.nonzero()[:, 0], len(mask))
+    owners, positions = (targets != IGNORE_INDEX).nonzero(as_tuple=True)
+    # Indexing copies: these logits are nobody else's.
+    logits, labels = output.logits[owners, positions], targets[owners, positions]
+    values = label_logps(logits, labels, overwrite=model.training)
+    return ResponseLogps(values, owners, len(targets))
 
 
 def _packed(model: torch.nn.Module, batch: Mapping[str, Any]) -> ResponseLogps:

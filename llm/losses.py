@@ -74,7 +74,7 @@ def label_logps(logits: Tensor, labels: Tensor, *, overwrite: bool = False) -> T
     them: a second tensor of their size is then never made (on a CPU; CUDA has a fused kernel).
     """
     promoted = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if promoted.device.type == "cpu":
+    if promoted.device.type == "cpu" and promoted.nbytes > CACHE_BYTES:
         values: Tensor = _LabelLogps.apply(promoted, labels, overwrite)
         return values
     return -F.cross_entropy(promoted, labels, reduction="none")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -21,6 +22,10 @@ class Meters:
 
     def add_if_finite(self, name: str, value: Tensor) -> None:
         """For values that may overflow without harm: those are left out of the mean."""
+        if value.device.type == "cpu":  # reading it is no wait there
+            if math.isfinite(value):
+                self.add(name, value)
+            return
         finite = torch.isfinite(value)
         self.add(name, torch.where(finite, value, 0.0), finite.float())
 

@@ -112,8 +112,10 @@ class JointTrainer(ReportingTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """A clock: one tick per micro-batch of an epoch. The samples come from the streams."""
-        steps = steps_per_epoch(self.streams, self.args)
-        return DataLoader(range(steps * self.args.gradient_accumulation_steps))  # type: ignore[arg-type]
+        ticks: Any = range(
+            steps_per_epoch(self.streams, self.args) * self.args.gradient_accumulation_steps
+        )
+        return DataLoader(ticks, collate_fn=list)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -249,12 +251,8 @@ class JointTrainer(ReportingTrainer):
             self._meter(task, {"loss": (value * self.args.world_size, 1)})
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        tokens = sum(
-            part[task.label]["input_ids"].numel()
-            for part in inputs["parts"]
-            for task in Task
-            if task.label in part
-        )
+        batches = (part.get(task.label, {}) for part in inputs["parts"] for task in Task)
+        tokens = sum(batch["input_ids"].numel() for batch in batches if "input_ids" in batch)
         return self._flops_per_token * tokens
 
     @cached_property

@@ -79,13 +79,17 @@ def test_position_t_predicts_token_t_plus_1() -> None:
     assert (logps[~mask] == 0).all()
 
 
+@pytest.fixture
+def in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the logits of a batch outgrow the cache."""
+    monkeypatch.setattr(losses, "CACHE_BYTES", 3 * 4 * 11)
+
+
+@pytest.mark.usefixtures("in_parts")
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_label_logps_are_torchs_cross_entropy(
-    dtype: torch.dtype, overwrite: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The values, and their gradient; over several chunks, with an impossible token."""
-    monkeypatch.setattr(losses, "CACHE_BYTES", 3 * 8 * 11)
+def test_label_logps_are_torchs_cross_entropy(dtype: torch.dtype, overwrite: bool) -> None:
+    """The values, and their gradient; over several parts, with an impossible token."""
     generator = torch.Generator().manual_seed(0)
     logits = (10.0 * torch.randn(10, 11, generator=generator, dtype=torch.float64)).to(dtype)
     logits[2, 5] = -torch.inf
@@ -103,18 +107,20 @@ def test_label_logps_are_torchs_cross_entropy(
     torch.testing.assert_close(gradient.double(), slope, rtol=rounding, atol=1e-6)
 
 
+@pytest.mark.usefixtures("in_parts")
 def test_label_logps_have_second_derivatives() -> None:
     """Hessian products (llm.validate) go through them."""
-    logits = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
-    labels = torch.tensor([0, 4, 2])
+    logits = torch.randn(4, 11, dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([0, 10, 2, 7])
     for overwrite in (False, True):
         values = lambda x, o=overwrite: label_logps(x * 1.0, labels, overwrite=o)  # noqa: E731
         assert torch.autograd.gradgradcheck(values, logits)
 
 
+@pytest.mark.usefixtures("in_parts")
 def test_label_logps_leave_logits_alone_unless_they_may_overwrite_them() -> None:
     for overwrite in (False, True):
-        logits = torch.randn(4, 6, requires_grad=True) * 1.0
+        logits = torch.randn(4, 11, requires_grad=True) * 1.0
         before, labels = logits.detach().clone(), torch.tensor([0, 1, 2, 3])
         values = label_logps(logits, labels, overwrite=overwrite)
         torch.testing.assert_close(logits, before, rtol=0, atol=0)

@@ -344,9 +344,13 @@ def _runs(values: float | tuple[float, ...]) -> tuple[int, ...]:
     return (len(values),) if isinstance(values, tuple) else ()
 
 
+_ONE_HOT = np.array([[0.0, 1.0], [1.0, 0.0]])
+
+
 def _one_hot(dpo: NDArray[np.bool_]) -> Array:
     """Weights (..., 2) with a one on DPO where `dpo` holds, else on SFT."""
-    return np.stack([dpo, ~dpo], axis=-1).astype(float)
+    weights: Array = _ONE_HOT[np.asarray(dpo, dtype=np.intp)]
+    return weights
 
 
 def _draw(
