@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -22,10 +21,6 @@ class Meters:
 
     def add_if_finite(self, name: str, value: Tensor) -> None:
         """For values that may overflow without harm: those are left out of the mean."""
-        if value.device.type == "cpu":  # reading it is no wait there
-            if math.isfinite(value):
-                self.add(name, value)
-            return
         finite = torch.isfinite(value)
         self.add(name, torch.where(finite, value, 0.0), finite.float())
 

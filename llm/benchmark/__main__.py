@@ -1,6 +1,6 @@
 """Measure the trainer's speed and memory next to TRL's and the paper's way of a step.
 
-    python -m llm.benchmark                                   # CPU, one thread, about 15 minutes
+    python -m llm.benchmark                                   # CPU, one thread, half an hour
     python -m llm.benchmark --quick --out benchmark_quick     # to see that it works
     python -m llm.benchmark --device cuda --shape pythia-1b
 
