@@ -23,6 +23,8 @@ from theory.tasks import Task
 Array = NDArray[np.float64]
 LAST_SHARE = 0.2
 """The part of a run at its end in which it is asked whether it still moved."""
+TO_COME = 1.0 / ((1.0 - LAST_SHARE) ** -0.5 - 1.0)
+"""What c / sqrt(T), the rate of T1, still has to fall after T steps, over its fall in that part."""
 LOAD_SCATTER = 0.1
 """P6's tolerance."""
 
@@ -100,9 +102,10 @@ def _lock_out(comparison: Comparison, lines: list[str], found: dict[str, Any]) -
 
 
 def _few_steps(comparison: Comparison, lines: list[str], verdict: Verdict) -> dict[str, Any]:
-    """Ruled out if what the claim is about moved by less than the violation at the end of the runs.
+    """Ruled out if what the claim is about has less to go than the violation, at theory's rate.
 
-    That is f_Mix in nats, for P3 log(delta_DPO/delta_SFT). A rising f_Mix is no lack of steps.
+    That is f_Mix in nats, for P3 log(delta_DPO/delta_SFT); what it has to go is extrapolated from
+    the end of the runs (`TO_COME`). A rising f_Mix is no lack of steps.
     """
     slope = verdict.prediction == "P3"
     paths = comparison.paths
@@ -121,8 +124,10 @@ def _few_steps(comparison: Comparison, lines: list[str], verdict: Verdict) -> di
     most = float(np.max(np.abs(means) if slope else means))  # NaN, without a logarithm, stays
     what = "the log of the gaps' ratio moved" if slope else "f_Mix fell"
     words = f"{what} by {most:.3g} at most in the last {LAST_SHARE:.0%} of a run"
+    words += f", so by about {TO_COME * most:.3g} with more steps at the rate 1/sqrt(T)"
     needed = abs(verdict.margin - verdict.threshold)
-    return _cause("too few steps", most < needed, f"{words}, the violation is {needed:.3g}")
+    excluded = TO_COME * most < needed
+    return _cause("too few steps", excluded, f"{words}; the violation is {needed:.3g}")
 
 
 def _log_ratio(comparison: Comparison, losses: Array) -> Array:
