@@ -30,7 +30,7 @@ from llm.evaluate import evaluate_objective, with_reference_logps
 from llm.models import load_reference
 from llm.objectives import LanguageObjective, Row
 from theory.cli import UserError
-from theory.records import digest, read_json, write_json
+from theory.records import digest, digest_of_files, read_json, write_json
 
 FOLDER = "reference"
 """Of the cache, in the output directory, unless --reference_cache names another one."""
@@ -262,10 +262,7 @@ def _numerics(config: RunConfig) -> dict[str, str]:
 @cache
 def _code_digest() -> str:
     """Of the whole package: better computed once too often than kept from other code."""
-    code = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        code.update(path.read_bytes())
-    return code.hexdigest()
+    return digest_of_files(Path(__file__).parent.glob("*.py"))
 
 
 # -------------------------------------------------------------------------------- the first values

@@ -101,6 +101,7 @@ class JointTrainer(ReportingTrainer):
         self.decisions: list[list[float]] = []
         self._step_losses: dict[Task, torch.Tensor] = {}
         self._forwarded: dict[Task, tuple[Batch, Terms]] = {}
+        self._tokens_per_forward = tokens_per_forward(args)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' `train`; packed batches need their attention in every recomputation."""
@@ -150,7 +151,7 @@ class JointTrainer(ReportingTrainer):
             batch, terms = self._forwarded[task]
             return [{task.label: batch, f"{task.label} terms": terms}]
         objective = self.objectives[task]
-        limit = tokens_per_forward(self.args) if objective.packing else None
+        limit = self._tokens_per_forward if objective.packing else None
         collated = (objective.collate(p, self.pad_token_id) for p in split_rows(rows, limit))
         return [{task.label: move(batch, self.args.device)} for batch in collated]
 

@@ -17,7 +17,14 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
 from theory import records
-from theory.records import digest, read_json, save_figure, write_json, write_parquet
+from theory.records import (
+    digest,
+    digest_of_files,
+    read_json,
+    save_figure,
+    write_json,
+    write_parquet,
+)
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 
@@ -45,6 +52,18 @@ def test_a_digest_depends_on_the_values_and_not_on_their_order(data: dict[str, A
         digest(dict(reversed(data.items()))) == digest(data) == digest(json.loads(json.dumps(data)))
     )
     assert digest({**data, "one more": 1}) != digest(data)
+
+
+def test_a_digest_of_files_depends_on_their_bytes_and_not_on_the_order_given(
+    tmp_path: Path,
+) -> None:
+    paths = [tmp_path / name for name in ("a.py", "b.py")]
+    for path in paths:
+        path.write_text(path.name)
+    before = digest_of_files(paths)
+    assert digest_of_files(reversed(paths)) == before
+    paths[1].write_text("other")
+    assert digest_of_files(paths) != before
 
 
 def test_a_digest_names_the_same_value_in_every_release() -> None:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,14 @@ def digest(value: Any) -> str:
     """sha256 (hex) of `value` as JSON with sorted keys; what JSON cannot hold counts as its str."""
     text = json.dumps(value, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def digest_of_files(paths: Iterable[Path]) -> str:
+    """sha256 (hex) of the bytes of the files, in the order of their names."""
+    whole = hashlib.sha256()
+    for path in sorted(paths):
+        whole.update(path.read_bytes())
+    return whole.hexdigest()
 
 
 def write_parquet(path: Path, frame: pd.DataFrame) -> None:

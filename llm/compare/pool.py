@@ -7,7 +7,6 @@ CPU. A record appears whole or not at all, under a name that is a digest of all 
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import multiprocessing
 import os
@@ -36,7 +35,7 @@ from llm.models import load_policy, with_adapters
 from llm.setup import Setup
 from llm.single_runs import EVALUATION_SETTINGS, STEP_SETTINGS, problem
 from theory.cli import UserError
-from theory.records import digest, read_json, write_file, write_json
+from theory.records import digest, digest_of_files, read_json, write_file, write_json
 from theory.tasks import Task
 
 RESULT, PREPARED = "result.json", ".prepared"
@@ -149,11 +148,8 @@ def shared_fingerprint(config: RunConfig, setup: Setup) -> str:
 
 
 def code_digest() -> str:
-    root, code = Path(__file__).parents[2], hashlib.sha256()
-    for pattern in CODE:
-        for path in sorted(root.glob(pattern)):
-            code.update(path.read_bytes())
-    return code.hexdigest()
+    root = Path(__file__).parents[2]
+    return digest_of_files(path for pattern in CODE for path in root.glob(pattern))
 
 
 # --- in the worker
