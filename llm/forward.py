@@ -2,7 +2,8 @@
 
 Padded and packed batches give the same numbers. The head (hidden state to vocabulary) runs on the
 positions that predict a response token and nowhere else, and, for packed batches, chunk by chunk: a
-tensor of (tokens x vocabulary) in float32 never exists for more than `LOGITS_BYTES` at a time.
+tensor of (tokens x vocabulary) in float32 never exists for more than `LOGITS_BYTES` at a time. Of
+the last layer the prompt is needed as keys and values only: its MLP skips the rest of the prompt.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def _packed(model: torch.nn.Module, batch: Mapping[str, Any]) -> ResponseLogps:
     }
     inner = transformers_model(model)
     if _head_is_last(model, inner):
-        with _scoring(inner, targets):
+        with _scoring(inner, targets), _last_mlp_on(inner, batch["predicting"]):
             values = model(**inputs).logits.reshape(-1)
     else:
         values = label_logps(model(**inputs).logits.squeeze(0), targets)
@@ -135,11 +136,53 @@ def _scoring(model: Any, targets: Tensor) -> Iterator[None]:
         vocabulary = model.config.get_text_config().vocab_size
         return _in_chunks(logits_of, hidden, targets, vocabulary, overwrite=model.training)
 
-    head.forward = forward
+    with _computing(head, forward):
+        yield
+
+
+@contextmanager
+def _last_mlp_on(model: Any, positions: Tensor) -> Iterator[None]:
+    """Inside, the MLP of the last layer runs on `positions` (M,) and is 0 elsewhere.
+
+    Nothing reads the last layer at the other positions. Layers without an MLP of that name run
+    whole, as do those that compute themselves again in the backward, when this is over.
+    """
+    layer = last_layer(model)
+    mlp = getattr(layer, "mlp", None)
+    if mlp is None or getattr(layer, "gradient_checkpointing", False):
+        yield
+        return
+    whole = mlp.forward
+
+    def forward(hidden: Tensor, *args: Any) -> Any:
+        out = None if args else whole(hidden.index_select(1, positions))
+        if not isinstance(out, Tensor):  # some mixtures of experts return their routing too
+            return whole(hidden, *args)
+        return out.new_zeros(hidden.shape).index_copy(1, positions, out)
+
+    with _computing(mlp, forward):
+        yield
+
+
+def last_layer(model: Any) -> Any:
+    """Of a transformers model whose backbone holds its layers in one list; else None."""
+    for child in model.base_model.children():
+        if isinstance(child, torch.nn.ModuleList):
+            return child[-1]
+    return None
+
+
+@contextmanager
+def _computing(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Inside, `module` computes `forward`; afterwards it is as it was, with wrappers of others."""
+    before = vars(module).get("forward")
+    module.forward = forward
     try:
         yield
     finally:
-        del head.forward
+        del module.forward
+        if before is not None:
+            module.forward = before
 
 
 def _in_chunks(

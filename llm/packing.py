@@ -106,7 +106,7 @@ def pack_sft(rows: Sequence[Row], pad_token_id: int = 0) -> dict[str, Any]:
 
     `input_ids` and `position_ids` (1, T); for the N response tokens `targets` (N,), the positions
     `predictors` (N,) whose hidden state predicts them and `owners` (N,), the row they belong to;
-    `plan`, a `PackingPlan`.
+    `predicting` (M,), the predictors in order and each once; `plan`, a `PackingPlan`.
     """
     return _pack([(row["prompt_ids"], [row["completion_ids"]]) for row in rows])
 
@@ -149,10 +149,12 @@ def _pack(rows: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]]) -> dict
             targets.append(response)
             owners.append(np.full(len(response), side * len(rows) + i))
             start += length
+    by_target = _tensor(predictors)
     return {
         "input_ids": _tensor(tokens)[None],
         "position_ids": _tensor(positions)[None],
-        "predictors": _tensor(predictors),
+        "predictors": by_target,
+        "predicting": by_target.unique(),
         "targets": _tensor(targets),
         "owners": _tensor(owners),
         "plan": PackingPlan(*zip(*blocks, strict=True)),

@@ -205,7 +205,9 @@ def test_a_contender_on_one_objective_does_all_rounds(name: str) -> None:
     job = job_of(name, group)
     answers = answers_of(job)
     assert answers[0].get("ready"), answers
-    assert [set(answer) >= {"seconds", "steps"} for answer in answers[1:-1]] == [True, True]
+    assert [set(answer) >= {"seconds", "steps"} for answer in answers[1:-1]] == [True] * (
+        job.rounds + 1
+    )
     if name == "trl_packed/sft":
         notes = answers[0]["notes"]
         tokens = sum(map(tokens_of, ROWS[Task.SFT]))
@@ -414,6 +416,10 @@ def test_the_operation_counts_by_hand() -> None:
     assert work.naive(pair) == 4 * (220 * 11 + 12 * (25 + 36))
     lora = replace(work, passes=2)
     assert lora.lean(pair) == pytest.approx(2 / 3 * work.lean(pair), rel=1e-15)
+    # Of the prompt only its end predicts a response token, and the end of a response predicts none.
+    trimmed = replace(work, last_mlp=7)
+    assert work.lean(demonstration) - trimmed.lean(demonstration) == 3 * 14 * 2
+    assert work.lean(pair) - trimmed.lean(pair) == 3 * 14 * 3
 
 
 def test_weights_of_a_large_shape_are_counted_without_being_made() -> None:

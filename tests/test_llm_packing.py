@@ -24,6 +24,7 @@ from transformers import (
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     OPTConfig,
     PreTrainedConfig,
     Qwen2Config,
@@ -60,6 +61,7 @@ SHAPES: dict[str, PreTrainedConfig] = {
     "qwen3": Qwen3Config(**_GROUPED, head_dim=8),
     "gpt2": GPT2Config(**_SIZES, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
     "sliding window": MistralConfig(**_GROUPED, sliding_window=5),
+    "experts": MixtralConfig(**_GROUPED, num_local_experts=4, num_experts_per_tok=2),
     "logits scaled after the head": GraniteConfig(**_GROUPED, logits_scaling=3.0),
 }
 
@@ -98,7 +100,7 @@ def value_and_gradient(model: Any, batch: dict[str, Any]) -> tuple[Tensor, dict[
     # Layers that are computed again in the backward need their attention there as well.
     with packed_attention(model) if "plan" in batch else nullcontext():
         sums = response_logps(model, batch).sums()
-        (sums * torch.arange(1.0, len(sums) + 1.0)).sum().backward()
+        (sums * torch.arange(1.0, len(sums) + 1.0, device=sums.device)).sum().backward()
     gradients = {
         name: parameter.grad.clone()
         for name, parameter in model.named_parameters()
@@ -248,6 +250,37 @@ def test_logits_exist_only_chunk_by_chunk(monkeypatch: pytest.MonkeyPatch) -> No
     # Once in the forward and once more for the backward, on response tokens only.
     assert sum(sizes) == 2 * len(batch["targets"])
     assert max(sizes) == rows_at_once
+
+
+@pytest.mark.parametrize("shape", ["gpt_neox", "llama", "qwen3", "gpt2"])
+def test_the_last_mlp_runs_where_a_response_token_is_predicted(shape: str) -> None:
+    """The other layers see the whole sequence; a prompt's end predicts for both its responses."""
+    model, batch, tokens_seen = make_model(shape), pack_preference(make_rows()), list[int]()
+    for layer in getattr(model.base_model, "h" if shape == "gpt2" else "layers"):
+        first = next(module for module in layer.mlp.modules() if not list(module.children()))
+        first.register_forward_hook(lambda _, x, out: tokens_seen.append(x[0][..., 0].numel()))
+    response_logps(model, batch)
+    predictors = set(batch["predictors"].tolist())
+    assert tokens_seen == [batch["input_ids"].numel(), len(predictors)]
+    assert batch["predicting"].tolist() == sorted(predictors)
+
+
+def test_an_mlp_that_returns_more_than_a_tensor_runs_whole() -> None:
+    """As some mixtures of experts do. Whoever wrapped its forward finds it as it was."""
+    model: Any = make_model()
+    mlp, hidden = model.base_model.layers[-1].mlp, torch.randn(1, 5, 32)
+    whole = mlp.forward
+    with forward._last_mlp_on(model, torch.tensor([1, 3])):
+        out = mlp(hidden)
+    assert (out[:, [0, 2, 4]] == 0.0).all()
+    torch.testing.assert_close(out[:, [1, 3]], whole(hidden)[:, [1, 3]])
+    assert "forward" not in vars(mlp)
+    mlp.forward = wrapped = lambda x: (whole(x), "routing")
+    with forward._last_mlp_on(model, torch.tensor([1, 3])):
+        out, routing = mlp(hidden)
+    assert routing == "routing"
+    assert torch.equal(out, whole(hidden))
+    assert mlp.forward is wrapped
 
 
 def test_bfloat16_logits_are_scored_in_float32() -> None:

@@ -14,7 +14,10 @@ SUITES = ("dpo", "sft", "joint", "cost", "overhead")
 GROUPS = {"dpo": ("dpo",), "sft": ("sft",), "joint": ("joint", "cost"), "overhead": ("overhead",)}
 """Suites that share contenders are measured together."""
 OVERHEAD = Batches(sft=2, dpo=2, number=200)
-MORE_ROUNDS = {("overhead", "ours"): 5, ("overhead", "trainer"): 5, ("joint", "ours"): 2}
+MORE_ROUNDS = {
+    **{("sft", "ours"): 4, ("sft", "trl_packed"): 4},
+    **{("overhead", "ours"): 5, ("overhead", "trainer"): 5, ("joint", "ours"): 2},
+}
 """Times --rounds: where a round is short and a few per cent are to be told from noise."""
 SFT_MORE = 4
 """Times the batches of a round on pairs: a demonstration costs that much less."""
