@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,13 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 import llm.compare.pool
+import llm.compare.workers
 from llm.compare.__main__ import main
 from llm.compare.plan import Experiment
 from llm.compare.pool import Pool, shared_fingerprint
 from llm.compare.runs import Run, configure, line_run, train
 from llm.compare.settings import CompareConfig, parse
+from llm.compare.workers import Workers
 from llm.evaluate import evaluate_objective
 from llm.run import new_trainer
 from llm.setup import Setup, prepare
@@ -141,19 +144,37 @@ def test_finished_runs_are_kept_and_damaged_or_other_ones_are_not(
     config: CompareConfig, setup: Setup
 ) -> None:
     runs = [a_run(seed=seed) for seed in (0, 1)]
-    with Pool(config, setup) as pool:
-        first = pool.run("stage", runs)
-        assert pool.run("stage", [*runs, runs[0]]) == [*first, first[0]]
-        assert pool.trained == 2
+    workers = Workers(config, setup)
+    pool = Pool(config, setup, workers)
+    first = pool.run("stage", runs)
+    assert pool.run("stage", [*runs, runs[0]]) == [*first, first[0]]
+    assert pool.trained == 2
     results = sorted(config.out.glob("runs/*/result.json"))
     results[0].write_text(results[0].read_text()[:-20])
-    with Pool(config, setup) as pool:
-        again = pool.run("stage", runs)
-        assert pool.trained == 1
+    pool = Pool(config, setup, workers)
+    again = pool.run("stage", runs)
+    assert pool.trained == 1
     assert [r["f_sft"] for r in again] == [r["f_sft"] for r in first]
-    with Pool(replace(config, keep_models=True), setup) as pool:
-        pool.run("stage", runs)
-        assert pool.trained == 2  # no model was kept
+    pool = Pool(replace(config, keep_models=True), setup, workers)
+    pool.run("stage", runs)
+    assert pool.trained == 2  # no model was kept
+    assert not list(config.out.glob(".*"))  # one job needs no other process
+
+
+def test_replaced_settings_reach_every_process(config: CompareConfig, setup: Setup) -> None:
+    """As the studies of llm.validate replace them: the same bits in one process and in two."""
+    runs, flags = [a_run(seed=seed) for seed in (0, 1)], {"max_grad_norm": 0.0, "weight_decay": 0.5}
+    found = {}
+    for jobs in (1, 2):
+        own = replace(config, jobs=jobs, out=config.out / str(jobs))
+        with closing(Workers(own, setup)) as workers:
+            found[jobs] = Pool(own, setup, workers, flags).run("arm", runs)
+            found[-jobs] = Pool(own, setup, workers).run("plain", runs)
+    values = {jobs: [record["f_sft"] for record in records] for jobs, records in found.items()}
+    assert values[2] == values[1]
+    assert values[-2] == values[-1]
+    assert values[1] != values[-1]
+    assert not list(config.out.glob("*/.prepared"))
 
 
 def test_what_decides_a_result_is_in_its_name(
@@ -255,7 +276,7 @@ def test_the_command_writes_everything_and_goes_on_after_a_run_that_diverges(
         tried = replace(which, learning_rate=1e30) if wild else which
         return train(setup, run, tried, *rest) | {"run": asdict(which)}
 
-    monkeypatch.setattr(llm.compare.pool, "train", sabotaged)
+    monkeypatch.setattr(llm.compare.workers, "train", sabotaged)
     main([*comparison, "--max_grad_norm", "0", "--lams", "0.5", "--orders", "sft_then_dpo"])
     out = tmp_path / "compare"
     assert {path.name for path in out.iterdir()} == FILES | {"runs"}

@@ -300,10 +300,14 @@ def test_failures_are_listed_with_their_reason(comparison: Path, tmp_path: Path)
 
 def test_the_verdicts_of_a_validation_are_shown(comparison: Path, tmp_path: Path) -> None:
     found = tmp_path / "validation.json"
+    causes = [
+        {"cause": "clipping", "ruled_out": True, "evidence": "shift 0"},
+        {"cause": "few steps", "ruled_out": False, "evidence": "still falling"},
+    ]
     findings = {
         "predictions": [
             {"name": "P1", "statement": NASTY, "interval": [0.1, 0.25], "verdict": "holds"},
-            {"name": "P2", "verdict": "fails", "ruled_out": ["clipping", "learning rate"]},
+            {"name": "P2", "verdict": "fails", "ruled_out": causes},
         ],
         "quantities": [],
         "hypotheses": [{"name": "H1", "low": None, "high": 2.0, "verdict": "", "draws": 77}],
@@ -312,7 +316,8 @@ def test_the_verdicts_of_a_validation_are_shown(comparison: Path, tmp_path: Path
     source = report(comparison, found)
     page = Page(source)
     assert page.row("P1") == [NASTY, "0.1 to 0.25", "holds", "-"]
-    assert page.row("P2") == ["-", "-", "fails", "clipping; learning rate"]
+    told = "clipping ruled out (shift 0); few steps not ruled out (still falling)"
+    assert page.row("P2") == ["-", "-", "fails", told]
     shown, everything = (row for row in page.rows if row[0] == "H1")
     assert shown == ["H1", "-∞ to 2"]
     assert everything == ["H1", "", "77", "-∞ to 2"]

@@ -129,7 +129,7 @@ def test_the_command_runs_compares_studies_writes_and_goes_on_where_it_stopped(
     def never(*_: Any) -> None:
         raise AssertionError("trained again")
 
-    monkeypatch.setattr("llm.compare.pool.train", never)
+    monkeypatch.setattr("llm.compare.workers.train", never)
     (out / "validation.json").unlink()
     main(study)
     assert read_json(out / "validation.json") == record

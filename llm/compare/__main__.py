@@ -25,6 +25,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from llm.compare.results import comparison_table, paths_table, tuning_table
 from llm.compare.settings import PROG, CompareConfig, parse
 from llm.compare.summary import summarise
 from llm.compare.table import markdown, report
+from llm.compare.workers import Workers
 from llm.setup import prepare
 from theory.cli import check_output_dir, run_command
 from theory.plotting.compare import compute_figure, gaps_figure, paths_figure
@@ -53,12 +55,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if config.run.training.device.type == "cpu":
         torch.set_num_threads(1)  # as the workers: the same bits whatever --jobs
     setup = prepare(config.run, print)
-    with Pool(config, setup) as pool:
+    with closing(Workers(config, setup)) as workers:
+        pool = Pool(config, setup, workers)
         experiment = run_experiment(config, setup, pool)
-        fresh = pool.trained
     results = comparison_table(config, experiment)
     summary = summarise(config, experiment, results)
-    summary["session"] = {"seconds": time.perf_counter() - began, "runs_trained": fresh}
+    summary["session"] = {"seconds": time.perf_counter() - began, "runs_trained": pool.trained}
     write_results(config, argv, experiment, results, summary)
     print(report(summary))
     print(f"\nwrote table.md, summary.json, results.csv and the figures to {config.out}/")

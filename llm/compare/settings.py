@@ -133,8 +133,6 @@ def _parser() -> OneLineParser:
     parser = OneLineParser(
         prog=PROG,
         description="Compare schedules on one problem; also takes the flags of llm.run.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--algos", nargs="+", choices=ALGORITHMS, default=list(ALGORITHMS), help="algorithms")

@@ -9,7 +9,8 @@ from typing import Any
 
 import pandas as pd
 
-from llm.compare.pool import RESULT, RUNS
+from llm.compare.pool import RESULT
+from llm.compare.settings import RUNS
 from llm.compare.table import TITLES
 from llm.report.page import (
     Html,

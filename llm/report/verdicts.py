@@ -21,6 +21,7 @@ COLUMNS = (
     *("verdict", "claim", "ruled_out", "seeds", "note"),
 )
 """What the tables show, where it is there; the rest is a click away."""
+HEADS = {"ruled_out": "other causes"}
 TONES = {"holds": "good", "fails": "bad"}
 Finding = Mapping[str, Any]
 
@@ -53,10 +54,17 @@ def _with_interval(entry: Finding) -> Finding:
 
 
 def _table(findings: Sequence[Finding], columns: Sequence[str]) -> Html:
-    head = [column.replace("_", " ") for column in columns]
+    head = [HEADS.get(column, column.replace("_", " ")) for column in columns]
     return table(head, ([_cell(entry.get(column)) for column in columns] for entry in findings))
 
 
 def _cell(value: Any) -> Any:
+    if value and isinstance(value, list) and all(isinstance(v, dict) for v in value):
+        return "; ".join(map(_cause, value))
     tone = TONES.get(value) if isinstance(value, str) else None
     return Html(f'<span class="{tone}">{text(value)}</span>') if tone else value
+
+
+def _cause(cause: Mapping[str, Any]) -> str:
+    outcome = "ruled out" if cause.get("ruled_out") else "not ruled out"
+    return f"{cause.get('cause')} {outcome} ({cause.get('evidence')})"

@@ -21,6 +21,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict
 from typing import Any
 
@@ -58,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def validate(config: ValidateConfig, comparison: Comparison) -> Record:
     """Everything that validation.json holds."""
-    quantities, hypotheses = study(Bench(config, comparison))
+    with closing(Bench(config, comparison)) as bench:
+        quantities, hypotheses = study(bench)
     found = {entry["name"]: entry["verdict"] for entry in hypotheses}
     own = [*comparison_quantities(comparison), *lower_bounds(comparison)]
     return {

@@ -14,8 +14,10 @@ from typing import Any
 
 import pandas as pd
 
-from llm.compare.pool import RUNS, Pool
+from llm.compare.pool import Pool
 from llm.compare.runs import Run
+from llm.compare.settings import RUNS, default_jobs
+from llm.compare.workers import Workers
 from llm.models import load_policy
 from llm.setup import Setup, prepare
 from llm.validate.settings import ValidateConfig
@@ -38,6 +40,18 @@ class Bench:
         run = self.comparison.config.run
         training = replace(run.training, output_dir=str(self.config.out / RUNS / "shared"))
         return prepare(replace(run, training=training), lambda line: None)
+
+    @cached_property
+    def workers(self) -> Workers:
+        """They serve all studies, as long as the bench."""
+        shared = self.comparison.config
+        jobs = self.config.jobs or default_jobs(shared.run)
+        return Workers(replace(shared, out=self.config.out, jobs=jobs), self.setup)
+
+    def close(self) -> None:
+        """End the processes, if there are any."""
+        if "workers" in vars(self):
+            self.workers.close()
 
     @property
     def optimum(self) -> tuple[float, float]:
@@ -63,18 +77,10 @@ class Bench:
         Raises:
             UserError: if a run diverges: a study without it would be another one.
         """
-        shared = self.comparison.config
-        training = replace(shared.run.training, **flags)
-        own = replace(
-            shared,
-            out=self.config.out / RUNS / arm,
-            jobs=1,
-            keep_models=keep_models,
-            run=replace(shared.run, training=training),
-        )
-        with Pool(own, self.setup) as pool:
-            records = pool.run(arm, runs)
-            folders = [pool._place(run) for run in runs]
+        out = self.config.out / RUNS / arm
+        own = replace(self.comparison.config, out=out, keep_models=keep_models)
+        pool = Pool(own, self.setup, self.workers, flags)
+        records = pool.run(arm, runs)
         for record in records:
             if record["failed"]:
                 raise UserError(f"study {arm}: a run failed: {record['failed']}")
@@ -86,10 +92,10 @@ class Bench:
                 "f_dpo": record["f_dpo"],
                 "f_sft": record["f_sft"],
                 "p_dpo": record["steps"].get("dpo", 0) / run.steps,
-                **_norms(folder),
-                "folder": str(folder),
+                **_norms(pool.place(run)),
+                "folder": str(pool.place(run)),
             }
-            for run, record, folder in zip(runs, records, folders, strict=True)
+            for run, record in zip(runs, records, strict=True)
         )
 
     def load(self, folder: str) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,12 +26,16 @@ class ValidateConfig:
     periods: tuple[int, ...]
     probe_rows: int
     krylov_steps: int
+    jobs: int | None
+    """Processes; None: one per device or core of the machine."""
     compare_argv: tuple[str, ...] | None
     """Flags of a comparison to run first; None: read one."""
 
     def to_json(self) -> dict[str, Any]:
         paths = {"comparison": str(self.comparison), "out": str(self.out)}
-        return asdict(self) | paths
+        record = asdict(self) | paths
+        del record["jobs"]  # the machine's own
+        return record
 
 
 def parse(argv: Sequence[str]) -> ValidateConfig:
@@ -45,6 +48,7 @@ def parse(argv: Sequence[str]) -> ValidateConfig:
     studies = () if own.studies == ["none"] else tuple(dict.fromkeys(own.studies))
     if "none" in studies:
         raise UserError("--studies none cannot be combined with a study")
+    jobs = ("--jobs", str(own.jobs)) if own.jobs else ()
     return ValidateConfig(
         comparison=Path(own.comparison),
         out=Path(own.out),
@@ -55,7 +59,8 @@ def parse(argv: Sequence[str]) -> ValidateConfig:
         periods=tuple(sorted(set(own.periods))),
         probe_rows=own.probe_rows,
         krylov_steps=own.krylov_steps,
-        compare_argv=tuple(rest) if own.run else None,
+        jobs=own.jobs,
+        compare_argv=(*rest, *jobs) if own.run else None,
     )
 
 
@@ -63,8 +68,6 @@ def _parser() -> OneLineParser:
     parser = OneLineParser(
         prog=PROG,
         description="Hold a comparison of language models against theory.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--comparison", default="figures/compare", help="directory of llm.compare's results")
@@ -92,5 +95,6 @@ def _parser() -> OneLineParser:
         help="refresh_every of the lock-out study",
     )
     add("--probe_rows", type=positive_int, default=96, help="rows of each set for curvature")
+    add("--jobs", type=positive_int, help="processes; default: one per CUDA device, else per core")
     add("--krylov_steps", type=positive_int, default=14, help="Hessian products of a solve")
     return parser

@@ -28,8 +28,8 @@ from scipy.optimize import brentq
 from torch import Tensor
 from tqdm import tqdm
 
-from llm.compare.pool import RUNS
 from llm.compare.runs import Run
+from llm.compare.settings import RUNS
 from llm.validate.bench import Bench
 from llm.validate.curvature import Probe, probe_at
 from llm.validate.lanczos import Krylov, lanczos
