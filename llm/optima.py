@@ -259,7 +259,6 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, RunConfig]:
     own = OneLineParser(
         prog=PROG,
         description="Estimate the optimal loss of each objective; takes every flag of llm.run.",
-        allow_abbrev=False,
     )
     own.add_argument(
         "--stationarity",

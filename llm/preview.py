@@ -24,7 +24,7 @@ PROG = "python -m llm.preview"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    own = OneLineParser(prog=PROG, add_help=False, allow_abbrev=False)
+    own = OneLineParser(prog=PROG, add_help=False)
     own.add_argument("--rows", type=positive_int, default=1, help="rows of each data set to show")
     arguments, rest = own.parse_known_args(sys.argv[1:] if argv is None else argv)
     config = parse(rest)

@@ -313,7 +313,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = OneLineParser(
         prog="python -m theory.benchmark",
         description="Measure the simulation's speed and memory, and what loss values cost.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add("--seeds", type=positive_int, default=defaults.num_seeds, help="seeds per lam")

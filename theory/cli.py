@@ -8,15 +8,27 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 class UserError(ValueError):
     """A mistake of the user; its message is one line that says what would be right."""
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the default of a flag that has one, unless its text does."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        told = action.default in (None, False) or "default" in (action.help or "")
+        return action.help if told else super()._get_help_string(action)
+
+
 class OneLineParser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line."""
+    """One line for an error, defaults in the help, and no abbreviated flags."""
+
+    def __init__(self, **options: Any) -> None:
+        defaults: dict[str, Any] = {"formatter_class": _Help, "allow_abbrev": False}
+        super().__init__(**defaults | options)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")

@@ -29,7 +29,6 @@ def sweep_parser(name: str, description: str, defaults: SweepConfig) -> OneLineP
     parser = OneLineParser(
         prog=f"python -m theory.{name}",
         description=description,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add_problem(parser, list(PROBLEMS))

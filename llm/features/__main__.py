@@ -125,8 +125,6 @@ def parse_own(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         prog=PROG,
         description="Build a convex problem from a language model and two data sets. Further "
         "flags, for model and data: those of python -m llm.run.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--out", default="features.npz", help="the file to write")

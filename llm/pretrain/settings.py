@@ -99,8 +99,6 @@ def _parser() -> OneLineParser:
         prog=PROG,
         description="Pretrain a language model of Pythia's shape from scratch. Also takes the "
         "flags of llm.run that belong to training: --max_steps, --learning_rate, --max_length, ...",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--texts", nargs="+", default=[], help="files, directories or hub ids (else: generated)")
