@@ -228,12 +228,34 @@ def test_a_process_that_dies_and_a_spent_time_limit_are_reported(
 ) -> None:
     said: list[str] = []
     jobs = {"ours/sft": job_of("ours/sft")}
-    late = measure(jobs, ROWS, said.append, deadline=0.0)
+    *_, late = measure(jobs, ROWS, said.append, deadline=0.0)
     assert late == {"ours/sft": {"failed": "not run: the time limit was reached"}}
     monkeypatch.setattr("llm.benchmark.pool.sys.executable", "false")
-    dead = measure(jobs, ROWS, said.append)
+    *_, dead = measure(jobs, ROWS, said.append)
     assert dead["ours/sft"]["failed"] == "the process ended with status 1: no message"
     assert sum("ours/sft: " in line for line in said) == 2
+
+
+def test_on_cuda_every_contender_leaves_its_record_before_the_next_begins() -> None:
+    """Each has the device for itself; those here fail before they use it."""
+    jobs = {
+        name: replace(job_of(name), device="cuda", sft_batch=0) for name in ("ours/sft", "ours/dpo")
+    }
+    first, both = measure(jobs, ROWS, lambda _: None)
+    assert (list(first), list(both)) == (["ours/sft"], ["ours/sft", "ours/dpo"])
+    assert all("failed" in record for record in both.values())
+
+
+def test_on_cuda_trl_has_its_own_target_and_memory_none() -> None:
+    """Peaks of models with frozen weights are those weights, whoever trains them."""
+    targets = {
+        (c.what, c.label): c.on("cuda").target for suite in COMPARISONS.values() for c in suite
+    }
+    assert targets["time", "DPO: TRL as it comes"] == targets["time", "SFT: TRL, packed"] == 2.0
+    assert targets["memory", "DPO: TRL as it comes"] is None
+    assert targets["time", "ALRIGHT: the paper's way"] is None
+    assert targets["time", "MAXRIGHT(10) / ALRIGHT"] == 1.05
+    assert all(c.on("cpu") == c for suite in COMPARISONS.values() for c in suite)
 
 
 def test_the_papers_way_computes_the_same_losses(tmp_path: Path) -> None:
@@ -326,7 +348,7 @@ def test_a_ratio_takes_the_rounds_that_both_have() -> None:
 def test_a_contender_with_fewer_rounds_stops_before_the_others() -> None:
     jobs = {name: job_of(name) for name in ("ours/alright", "paper/alright")}
     assert [job.rounds for job in jobs.values()] == [2, 1]
-    records = measure(jobs, ROWS, lambda _: None)
+    *_, records = measure(jobs, ROWS, lambda _: None)
     assert [len(record["seconds"]) for record in records.values()] == [2, 1]
     assert all("failed" not in record for record in records.values())
 
@@ -457,7 +479,7 @@ def test_a_summary_has_what_was_measured_and_leaves_out_what_failed() -> None:
         "paper/alright": record_of("paper/alright", [8.8, 8.8]),
         "ours/maxright-10": {"failed": "out of memory"},
     }
-    summary = summarise_group("joint", ["joint", "cost"], records, TINY)
+    summary = summarise_group("joint", ["joint", "cost"], records, TINY, "cpu")
     medians = {(line["what"], line["label"]): line["median"] for line in summary["comparisons"]}
     assert medians == {
         ("time", "ALRIGHT: the paper's way"): pytest.approx(4.0),

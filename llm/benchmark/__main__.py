@@ -9,8 +9,8 @@ way; `cost`, every algorithm against the cost model of `theory.costs`; `overhead
 a step against a plain Trainer. Every contender is a trainer's own `train()` in its own process;
 rounds are taken in turn (see `llm.benchmark.pool`) and ratios round by round.
 
-Writes benchmark.json (all rounds), table.md and benchmark.png/.svg after every group of suites, so
-that a time limit loses nothing.
+Writes benchmark.json (all rounds), table.md and benchmark.png/.svg whenever some contenders are
+through, so that a time limit loses nothing.
 """
 
 from __future__ import annotations
@@ -64,7 +64,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     for group, suites in GROUPS.items():
         if set(suites) & set(config.suites):
             _measure_group(group, config, document, deadline)
-            _write(config, document)
     print("\n" + table(document))
     print(f"wrote benchmark.json, table.md and benchmark.png/.svg to {config.out}/")
 
@@ -112,21 +111,23 @@ def _measure_group(
         )
         for contender in contenders_of(suites)
     }
-    records = measure(jobs, rows, lambda line: print(line, flush=True), deadline)
     document["rows"][group] = {task.label: describe_rows(rows[task]) for task in rows}
-    document["groups"][group] = records
-    document["failed"] |= {
-        f"{group}: {name}": record["failed"]
-        for name, record in records.items()
-        if "failed" in record
-    }
-    for key, lines in summarise_group(group, suites, records, config.shape).items():
-        document[key] += lines
-    if group != "overhead":
-        document["throughput"] += throughput(
-            *(group, records, rows, config.shape, Work.of(config.shape)),
-            document["machine"]["peak_tflops"],
-        )
+    before = {key: document[key] for key in ("comparisons", "costs", "throughput")}
+    for records in measure(jobs, rows, lambda line: print(line, flush=True), deadline):
+        document["groups"][group] = records
+        document["failed"] |= {
+            f"{group}: {name}": record["failed"]
+            for name, record in records.items()
+            if "failed" in record
+        }
+        found = summarise_group(group, suites, records, config.shape, config.device)
+        if group != "overhead":
+            found["throughput"] = throughput(
+                *(group, records, rows, config.shape, Work.of(config.shape)),
+                document["machine"]["peak_tflops"],
+            )
+        document |= {key: before[key] + lines for key, lines in found.items()}
+        _write(config, document)
 
 
 def _rows(group: str, config: BenchmarkConfig) -> dict[Task, list[Row]]:

@@ -147,14 +147,13 @@ def build_ours(job: Job, rows: RowSets, pacing: TrainerCallback) -> Built:
     model = build_model(shape, torch.device(job.device))
     train_rows, notes = {task: compact(rows[task]) for task in tasks}, {}
     if Task.DPO in tasks:
+        pairs = train_rows[Task.DPO]
+        options: dict[str, Any] = {"batch_size": job.dpo_batch, "pad_token_id": EOS}
+        options["packing"] = packing
+        # What a device does once is not the speed of the cache.
+        with_reference_logps(model, pairs[: job.dpo_batch], **options)
         begin = now(model.device)
-        train_rows[Task.DPO] = with_reference_logps(
-            model,
-            train_rows[Task.DPO],
-            batch_size=job.dpo_batch,
-            pad_token_id=EOS,
-            packing=packing,
-        )
+        train_rows[Task.DPO] = with_reference_logps(model, pairs, **options)
         notes["cache_seconds"] = now(model.device) - begin
     objectives: dict[Task, LanguageObjective] = {
         Task.DPO: DPOObjective(packing=packing),

@@ -18,7 +18,7 @@ from theory.cli import UserError
 
 PEAK_TFLOPS = {"H200": 989.4, "H100": 989.4}
 """Dense bfloat16 by name, SXM (NVIDIA's data sheets); other devices are measured."""
-_OTHERWISE = ("PCIe", "NVL")
+_OTHERWISE = ("PCIe", "NVL", "MIG")
 """Slower variants under the same name."""
 
 
@@ -39,8 +39,10 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def resident_mib() -> float:
-    """Resident memory of this process at the moment."""
+def used_mib(device: torch.device) -> float:
+    """Memory of this process at the moment: resident, or allocated on the device."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device) / 2**20
     return psutil.Process().memory_info().rss / 2**20
 
 

@@ -23,6 +23,10 @@ SFT_MORE = 4
 """Times the batches of a round on pairs: a demonstration costs that much less."""
 
 
+CUDA_TARGET = 2.0
+"""Times TRL's best setting, on a CUDA device."""
+
+
 @dataclass(frozen=True)
 class Contender:
     """One trainer in its own process. `side` says whose, `algo` on what it trains."""
@@ -53,6 +57,13 @@ class Comparison:
     what: str = "time"
     target: float | None = None
     sense: str = "at least"
+
+    def on(self, device: str) -> Comparison:
+        """With the target of that device: the others were set for a CPU, the costs for both."""
+        if device == "cpu" or (self.sense != "at least" and self.what == "time"):
+            return self
+        trl = self.what == "time" and self.over.startswith("trl")
+        return replace(self, target=CUDA_TARGET if trl else None)
 
     def met(self, ratio: float) -> bool | None:
         if self.target is None:

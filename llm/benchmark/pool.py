@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -32,6 +32,7 @@ class Worker:
     def __init__(self, name: str, job: Job, rows: Mapping[Task, Sequence[Row]]) -> None:
         self.name, self.job = name, job
         self.record: Record = {"steps_per_round": job.steps, "seconds": [], "rounds": []}
+        self._rows = {task.label: list(rows[task]) for task in rows}
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed in `close`)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "llm.benchmark.worker"],
@@ -41,8 +42,10 @@ class Worker:
             text=True,
             env=os.environ | {f"{name}_NUM_THREADS": str(job.threads) for name in _LIMITS},
         )
-        data = {task.label: list(rows[task]) for task in rows}
-        self._send(json.dumps({"job": asdict(job), "rows": data}))
+
+    def begin(self) -> None:
+        """Build the trainer: so far the process has only imported what all contenders need."""
+        self._send(json.dumps({"job": asdict(self.job), "rows": self._rows}))
 
     def wait(self) -> None:
         """Until the trainer stands, or cannot."""
@@ -106,43 +109,47 @@ def measure(
     rows: Mapping[Task, Sequence[Row]],
     say: Say,
     deadline: float = float("inf"),
-) -> dict[str, Record]:
-    """The record of every contender; one that the deadline (of time.monotonic) leaves out fails."""
+) -> Iterator[dict[str, Record]]:
+    """The records so far, whenever some are complete.
+
+    A contender that the deadline (of time.monotonic) leaves out fails.
+    """
     together = all(job.device == "cpu" for job in jobs.values())
-    names = list(jobs)
     records: dict[str, Record] = {}
-    for part in [names] if together else [[name] for name in names]:
-        if time.monotonic() > deadline:
-            records |= {name: {"failed": "not run: the time limit was reached"} for name in part}
-            continue
-        records |= _measure_in_turn({name: jobs[name] for name in part}, rows, say)
-    for name, record in records.items():
-        if "failed" in record:
-            say(f"  {name}: {record['failed']}")
-    return records
-
-
-def _measure_in_turn(
-    jobs: Mapping[str, Job], rows: Mapping[Task, Sequence[Row]], say: Say
-) -> dict[str, Record]:
     workers: list[Worker] = []
     try:
         for name, job in jobs.items():
             workers.append(Worker(name, job, rows))
-        for worker in workers:
-            worker.wait()
-        rounds = max(job.rounds for job in jobs.values())
-        for number in range(rounds + 1):
-            taking = [worker for worker in workers if number <= worker.job.rounds]
-            for worker in taking:
-                worker.round(warm_up=number == 0)
-            say(f"  round {number} of {rounds}: {', '.join(map(_last_round, taking))}")
-        for worker in workers:
-            worker.finish()
+        for part in [workers] if together else [[worker] for worker in workers]:
+            if time.monotonic() > deadline:
+                late: Record = {"failed": "not run: the time limit was reached"}
+                records |= {worker.name: late for worker in part}
+            else:
+                _measure_in_turn(part, say)
+                records |= {worker.name: worker.record for worker in part}
+            for worker in part:
+                worker.close()
+                if "failed" in records[worker.name]:
+                    say(f"  {worker.name}: {records[worker.name]['failed']}")
+            yield dict(records)
     finally:
         for worker in workers:
             worker.close()
-    return {worker.name: worker.record for worker in workers}
+
+
+def _measure_in_turn(workers: Sequence[Worker], say: Say) -> None:
+    for worker in workers:
+        worker.begin()
+    for worker in workers:
+        worker.wait()
+    rounds = max(worker.job.rounds for worker in workers)
+    for number in range(rounds + 1):
+        taking = [worker for worker in workers if number <= worker.job.rounds]
+        for worker in taking:
+            worker.round(warm_up=number == 0)
+        say(f"  round {number} of {rounds}: {', '.join(map(_last_round, taking))}")
+    for worker in workers:
+        worker.finish()
 
 
 def _last_round(worker: Worker) -> str:

@@ -91,13 +91,13 @@ SHAPES = {
         Shape("small", 8192, 256, 6, 4, 1024, 512, Batches(8, 8, 2), Batches(8, 8, 5)),
         Shape(
             *("pythia-1b", 50304, 2048, 16, 8, 8192, 2048),
-            *(Batches(12, 4, 8), Batches(12, 4, 5)),
+            *(Batches(12, 4, 32), Batches(12, 4, 20)),
             lora_rank=32,
             lora_targets=("query_key_value",),
         ),
         Shape(
             *("llama-3-8b", 128256, 4096, 32, 32, 14336, 2048),
-            *(Batches(4, 1, 16), Batches(4, 1, 5)),
+            *(Batches(4, 1, 16), Batches(4, 1, 10)),
             kv_heads=8,
             lora_rank=16,
             lora_targets=("q_proj", "v_proj"),

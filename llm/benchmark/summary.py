@@ -62,7 +62,7 @@ def rows_of_a_round(algo: str, batches: Batches) -> int:
 
 
 def summarise_group(
-    group: str, suites: Sequence[str], records: Records, shape: Shape
+    group: str, suites: Sequence[str], records: Records, shape: Shape, device: str
 ) -> dict[str, Any]:
     """`comparisons` and `costs` of the suites of a group, as plain data."""
     times = {
@@ -73,7 +73,7 @@ def summarise_group(
     times |= expected_costs(records, times, shape)
     chosen = [suite for suite in GROUPS[group] if suite in suites]
     lines = [
-        _comparison(suite, comparison, times, records)
+        _comparison(suite, comparison.on(device), times, records)
         for suite in chosen
         for comparison in COMPARISONS[suite]
         if comparison.over in times and comparison.under in times

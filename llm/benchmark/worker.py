@@ -19,7 +19,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl
 
 from llm.benchmark.contenders import RowSets, builder
-from llm.benchmark.device import now, peak_mib, resident_mib
+from llm.benchmark.device import now, peak_mib, used_mib
 from llm.benchmark.plan import Job
 from theory.tasks import Task
 
@@ -97,7 +97,7 @@ def train(job: Job, rows: RowSets, commands: TextIO, answers: TextIO) -> None:
     pacing = Pacing(device, commands, answers)
     try:
         build = builder(job.side)
-        before = resident_mib()
+        before = used_mib(device)
         built = build(job, rows, pacing)
         pacing.attach(built.trainer, built.steps)
         pacing.say(ready=True, before_mib=before, notes=built.notes)
