@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, PreTrainedModel
 
 from llm.packing import PackingPlan, to_device
@@ -42,6 +43,18 @@ def packed_attention(model: torch.nn.Module) -> Iterator[None]:
         yield
     finally:
         inner.set_attn_implementation(before)
+
+
+def attention_without_plans() -> AbstractContextManager[None]:
+    """Inside, torch's attention leaves out cuDNN, which makes a plan for every new shape.
+
+    Since torch 2.11 it is preferred on Hopper; batches of changing lengths would wait for it at
+    every step.
+    """
+    context: AbstractContextManager[None] = sdpa_kernel(
+        [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    )
+    return context
 
 
 def transformers_model(model: Any) -> Any:
@@ -82,6 +95,7 @@ def packed_attention_forward(
     extras = [name for name in _UNSUPPORTED if kwargs.get(name) is not None]
     if extras:
         raise NotImplementedError(f"packed attention does not compute {', '.join(extras)}")
+    query, key, value = _one_type(query, key, value)
     half = query.dtype in (torch.float16, torch.bfloat16)
     varlen = varlen_attention() if query.is_cuda and half and dropout == 0.0 else None
     if varlen is not None:
@@ -89,6 +103,17 @@ def packed_attention_forward(
     else:
         out = _block_by_block(query, key, value, packing_plan, scaling, dropout, sliding_window)
     return out, None
+
+
+def _one_type(*tensors: Tensor) -> Sequence[Tensor]:
+    """Under autocast, all in its type: rotary positions in float32 lift query and key out of it.
+
+    torch's own attention casts what it gets; the variable-length kernels do not.
+    """
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return [tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors]
 
 
 def _block_by_block(
@@ -100,6 +125,10 @@ def _block_by_block(
     dropout: float,
     window: int | None,
 ) -> Tensor:
+    grouped = query.shape[1] != key.shape[1]
+    if grouped and query.is_cuda:  # with a mask or in float32 only the slow kernel knows groups
+        key, value = _repeated(query, key, value)
+        grouped = False
     # One split each: its backward is one concatenation, where slices would each fill a whole
     # tensor with zeros.
     queries, keys, values = (x.split(plan.lengths, dim=2) for x in (query, key, value))
@@ -120,13 +149,19 @@ def _block_by_block(
                 dropout_p=dropout,
                 is_causal=not masked,
                 scale=scaling,
-                enable_gqa=query.shape[1] != key.shape[1],
+                enable_gqa=grouped,
             ).transpose(1, 2)
         )
     return torch.cat(outputs, dim=1)
 
 
-@lru_cache(maxsize=256)
+def _repeated(query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+    """Key and value (..., H_kv, T, D) with as many heads as the query."""
+    repeats = query.shape[1] // key.shape[1]
+    return [x.repeat_interleave(repeats, dim=1) for x in (key, value)]
+
+
+@lru_cache(maxsize=32)
 def _mask(
     length: int, shared: int, window: int | None, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
@@ -196,7 +231,7 @@ def _starts(lengths: tuple[int, ...], device: torch.device) -> Tensor:
 def varlen_attention() -> Callable[..., Tensor] | None:
     """torch's variable-length attention under one signature, or None where torch has none.
 
-    Its arguments drift: `is_causal` up to torch 2.10, `window_size` later, `enable_gqa` from 2.11.
+    Its arguments drift: `is_causal` up to torch 2.10, `window_size` later, `enable_gqa` from 2.12.
     """
     try:
         from torch.nn.attention.varlen import varlen_attn
@@ -227,8 +262,7 @@ def varlen_attention() -> Callable[..., Tensor] | None:
         if grouped and "enable_gqa" in known:
             options["enable_gqa"] = True
         elif grouped:
-            repeats = query.shape[1] // key.shape[1]
-            key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
+            key, value = _repeated(query, key, value)
         out: Any = varlen_attn(
             query, key, value, query_starts, key_starts, longest_query, longest_key, **options
         )

@@ -48,10 +48,10 @@ class StepNorms:
         not enter.
         """
         xp: Any = torch
-        n: Any = norm
+        n: Any = norm.detach().to(self.values.device)  # gradients may have been offloaded
         values: Any = self.values
-        if norm.device.type == "cpu":  # NumPy's scalars cost a fraction of one-element tensors
-            xp, n, values = np, norm.detach().numpy(), self.values.numpy()
+        if values.device.type == "cpu":  # NumPy's scalars cost a fraction of one-element tensors
+            xp, n, values = np, n.numpy(), values.numpy()
         old, other = values[task], values[task.other]
         moved = old + RATE * (xp.minimum(n, OUTLIER * old) - old)
         new = xp.where(old > 0.0, moved, n)

@@ -173,7 +173,12 @@ def _check(config: RunConfig, explicit: set[str]) -> None:
 
 
 def _check_launch(training: JointArguments) -> None:
-    """What `accelerate launch` may ask for and every rank's reference computation forbids."""
+    """What a launch may ask for and a scheduled step, or every rank's reference, forbids."""
+    if training.n_gpu > 1:
+        raise UserError(
+            "several GPUs in one process: use accelerate launch, one process per GPU, or choose "
+            "one with CUDA_VISIBLE_DEVICES"
+        )
     if training.mixed_precision != "no" and not (training.bf16 or training.fp16):
         raise UserError(
             f"the launcher asks for mixed_precision {training.mixed_precision}: pass "

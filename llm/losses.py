@@ -71,7 +71,7 @@ def label_logps(logits: Tensor, labels: Tensor, *, overwrite: bool = False) -> T
     tokens by more than the margin h that DPO looks at.
 
     With `overwrite` the backward pass may leave its gradient in `logits`, if nothing else reads
-    them: a second tensor of their size is then never made (on a CPU; CUDA has a fused kernel).
+    them: a second tensor of their size is then never made (on a CPU).
     """
     promoted = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if promoted.device.type == "cpu" and promoted.nbytes > CACHE_BYTES:

@@ -7,12 +7,13 @@ comes from differs.
 from __future__ import annotations
 
 import copy
+import gc
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import TrainingArguments, set_seed
+from transformers import TrainingArguments, enable_full_determinism, set_seed
 
 from llm import embedded
 from llm.checks import check_max_length, check_shares, with_leaks_noted
@@ -57,6 +58,9 @@ Raw = dict[Task, tuple[Any, Any]]
 
 def prepare(config: RunConfig, say: Callable[[str], None] = print) -> Setup:
     """Load, tokenise, compute the reference's log-probabilities and check the starting point."""
+    if config.training.full_determinism:
+        # CUDA reads its settings at the first product, which is the reference's, not Trainer's.
+        enable_full_determinism(config.training.seed)
     tokenizer, raw = read_data(config, say)
     policies = _embedded_policies(config, tokenizer) if config.embedded else _own_policies(config)
     policy = policies.first
@@ -248,6 +252,8 @@ def make_trainer(
     description: str = "training",
 ) -> JointTrainer:
     """A trainer for a fresh copy of the initial policy; it trains on `tasks`."""
+    if arguments.device.type == "cuda":
+        gc.collect()  # an earlier trainer is part of a cycle, and holds its model until then
     set_seed(arguments.seed)
     rows, value_rows = split_values(
         arguments, scheduler, {task: setup.train[task].rows for task in tasks}

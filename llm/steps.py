@@ -74,7 +74,8 @@ class ScheduledSteps(SafeCheckpoints):
     def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
         """Clip as `llm.clipping` says; returns the norm before."""
         self.clock.switch("optimizer")
-        if self.clipping == "per_step" or len(self.stepped) != 1:
+        deepspeed = self.is_deepspeed_enabled  # it has clipped and stepped by now
+        if self.clipping == "per_step" or deepspeed or len(self.stepped) != 1:
             return super()._clip_grad_norm(model)
         norm = self._norm_of_gradient(model)
         reference = self.step_norms.reference(self.stepped[0], norm)

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 from transformers import ProgressCallback, TrainerCallback, TrainingArguments
 
-from llm.attention import packed_attention
+from llm.attention import attention_without_plans, packed_attention
 from llm.callbacks import ProgressBar, StepEvents
 from llm.data import fingerprint_rows
 from llm.identity import STATE_KEY, Identity, check_resume, run_identity
@@ -106,7 +106,10 @@ class JointTrainer(ReportingTrainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' `train`; packed batches need their attention in every recomputation."""
         packed = any(objective.packing for objective in self.objectives.values())
-        with packed_attention(self.model) if packed else nullcontext():
+        with (
+            packed_attention(self.model) if packed else nullcontext(),
+            attention_without_plans(),
+        ):
             return super().train(*args, **kwargs)
 
     # ------------------------------------------------------------------- the step: decide and draw
@@ -201,7 +204,7 @@ class JointTrainer(ReportingTrainer):
         with self.compute_loss_context_manager():
             terms = objective(model, batch)
         self._forwarded[task] = batch, terms
-        items = terms.total.new_tensor(objective.items(rows))
+        items = torch.full_like(terms.total, objective.items(rows), requires_grad=False)
         return torch.stack([terms.total.detach(), items]).float()
 
     def _probed_batches(self, task: Task, num_batches: int) -> list[list[Row]]:
@@ -243,8 +246,8 @@ class JointTrainer(ReportingTrainer):
         self.clock.switch("other")
         observed = None
         if self.scheduler.reads_losses and not self.value_rows:
-            values = [self._step_losses.get(task, torch.tensor(torch.nan)) for task in Task]
-            losses = torch.stack([value.to(self.args.device) for value in values])
+            unknown = torch.full((), torch.nan, device=self.args.device)
+            losses = torch.stack([self._step_losses.get(task, unknown) for task in Task])
             observed = self._sum_over_ranks(losses).double().cpu().numpy()
         self.schedule = self.scheduler.observe(self.schedule, observed)
         for task, value in self._step_losses.items():

@@ -98,4 +98,5 @@ def summed_loss(
             batch = move(objective.collate(rows, pad_token_id), device)
             total = total + objective(model, batch).total
             items += objective.items(rows)
-    return torch.stack([total.float(), torch.tensor(float(items), device=device)])
+    # torch.full fills on the device, where torch.tensor would wait for a copy.
+    return torch.stack([total.float(), torch.full((), float(items), device=device)])

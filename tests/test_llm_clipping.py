@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from _tiny import (
@@ -19,7 +20,7 @@ from _tiny import (
     plain_sgd,
 )
 from _training import SCHEDULERS, first_batch, loss_on
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from llm.clipping import OUTLIER, RATE, StepNorms
 from llm.config import parse
@@ -145,6 +146,16 @@ def test_one_objective_or_both_in_each_step_are_clipped_as_everywhere(
         trained.append(trainer.model)
     assert_moved(trained[0], make_policy())
     assert_same_weights(trained[0], trained[1])
+
+
+def test_deepspeed_has_clipped_by_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It clips inside its own step and leaves no gradient to look at."""
+    trainer = make_trainer(SCHEDULERS["dpo"], tmp_path)
+    trainer.step_weights = np.array([1.0, 0.0])
+    trainer.is_deepspeed_enabled = True
+    monkeypatch.setattr(Trainer, "_clip_grad_norm", lambda self, model: "its own norm")
+    assert trainer._clip_grad_norm(trainer.model) == "its own norm"
+    assert trainer.step_norms.values.tolist() == [0.0, 0.0]
 
 
 def test_per_step_clipping_is_that_of_torch(tmp_path: Path) -> None:

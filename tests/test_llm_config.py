@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import yaml
 
+from llm.arguments import JointArguments
 from llm.config import SCHEDULE_FLAGS, TINY_RECIPE, RunConfig, parse, schedule_options
-from theory.cli import run_command
+from theory.cli import UserError, run_command
 from theory.schedulers import REGISTRY, Sequential, make_scheduler, scheduler_options
 from theory.tasks import Task
 
@@ -185,6 +186,14 @@ def test_nan_losses_are_not_filtered() -> None:
 
 
 # --- what is refused
+
+
+def test_several_gpus_in_one_process_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data parallelism by threads would cut packed batches apart."""
+    monkeypatch.setattr(JointArguments, "n_gpu", 2)
+    with pytest.raises(UserError, match="accelerate launch"):
+        parse(CPU)
+
 
 UNUSED = {
     "lam": "0.5",

@@ -289,6 +289,30 @@ def test_bfloat16_logits_are_scored_in_float32() -> None:
     assert logps.values.dtype == torch.float32
 
 
+@pytest.mark.parametrize("shape", ["gpt_neox", "llama", "opt", "qwen3"])
+def test_under_autocast_attention_gets_one_half_precision(
+    shape: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rotary positions in float32 would keep query and key from the kernels of half precision."""
+    types = set()
+    in_turn = attention._block_by_block
+
+    def spy(*args: Any) -> Tensor:
+        types.update(tensor.dtype for tensor in args[:3])
+        return in_turn(*args)
+
+    monkeypatch.setattr(attention, "_block_by_block", spy)
+    model, batch = make_model(shape), pack_preference(make_rows())
+    exact = response_logps(model, batch).values
+    assert types == {torch.float32}
+    types.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = response_logps(model, batch).values
+    assert types == {torch.bfloat16}
+    # 8 bits in the products of two layers.
+    torch.testing.assert_close(rounded, exact, rtol=0.0, atol=0.05)
+
+
 # --- the switch
 
 

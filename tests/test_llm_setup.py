@@ -34,6 +34,22 @@ def texts(rows: Any) -> list[str]:
     return [row["prompt"] + row.get("completion", row.get("chosen")) for row in rows]
 
 
+class _FirstError(Exception): ...
+
+
+def test_determinism_is_settled_before_the_model_computes_anything(
+    own: Own, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On CUDA the first product decides, and Trainer comes after the reference's."""
+
+    def settled(seed: int) -> None:
+        raise _FirstError(seed)
+
+    monkeypatch.setattr("llm.setup.enable_full_determinism", settled)
+    with pytest.raises(_FirstError, match="7"):
+        prepare(parse(own("--full_determinism", "true", "--seed", "7")), silent)
+
+
 # --- splits
 
 
