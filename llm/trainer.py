@@ -12,7 +12,7 @@ response tokens and f_DPO over the pairs of the whole step (all micro-batches, a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import cached_property
 from itertools import zip_longest
@@ -34,7 +34,7 @@ from llm.objectives import Batch, Row, Terms, move
 from llm.packing import split_rows, to_device, tokens_per_forward
 from llm.reporting import Objectives, ReportingTrainer, RowSets
 from llm.streams import open_streams, steps_per_epoch
-from llm.values import share_of_rank, summed_loss
+from llm.values import copied_early, share_of_rank, summed_loss
 from theory.schedulers import Scheduler, ScheduleState
 from theory.tasks import Task
 
@@ -100,6 +100,7 @@ class JointTrainer(ReportingTrainer):
         self.probes = 0
         self.decisions: list[list[float]] = []
         self._step_losses: dict[Task, torch.Tensor] = {}
+        self._observed: Callable[[], NDArray[np.float64]] | None = None
         self._forwarded: dict[Task, tuple[Batch, Terms]] = {}
         self._tokens_per_forward = tokens_per_forward(args)
 
@@ -237,6 +238,10 @@ class JointTrainer(ReportingTrainer):
             # Data-parallel wrappers average gradients over ranks; the shares are to be summed.
             weighted = share * (inputs["weights"][task] * self.args.world_size)
             loss = weighted if loss is None else loss + weighted
+        if self.scheduler.reads_losses and not self.value_rows:
+            unknown = torch.full((), torch.nan, device=self.args.device)
+            so_far = torch.stack([self._step_losses.get(task, unknown) for task in Task])
+            self._observed = copied_early(self._sum_over_ranks(so_far))
         self.clock.switch("backward")
         assert loss is not None  # no schedule leaves a step without an objective
         return loss
@@ -244,12 +249,9 @@ class JointTrainer(ReportingTrainer):
     def _close_step(self) -> None:
         """After the optimiser step: hand the losses to the scheduler, and meter them."""
         self.clock.switch("other")
-        observed = None
-        if self.scheduler.reads_losses and not self.value_rows:
-            unknown = torch.full((), torch.nan, device=self.args.device)
-            losses = torch.stack([self._step_losses.get(task, unknown) for task in Task])
-            observed = self._sum_over_ranks(losses).double().cpu().numpy()
-        self.schedule = self.scheduler.observe(self.schedule, observed)
+        observed, self._observed = self._observed, None
+        losses = None if observed is None else observed()
+        self.schedule = self.scheduler.observe(self.schedule, losses)
         for task, value in self._step_losses.items():
             # A rank knows its share of the loss; the mean over ranks is to be the whole.
             self._meter(task, {"loss": (value * self.args.world_size, 1)})

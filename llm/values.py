@@ -15,11 +15,12 @@ step; the price is `value_rows` forward passes of each objective a probe.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from llm.evaluate import by_length, device_of, evaluating
@@ -81,6 +82,26 @@ def share_of_rank(
     """Batches of this rank's part of the rows; all parts together are the rows."""
     mine = rows[rank::world_size]
     return [[mine[i] for i in batch] for batch in by_length(range(len(mine)), mine, batch_size)]
+
+
+def copied_early(values: Tensor) -> Callable[[], NDArray[np.float64]]:
+    """What reads `values` on the host; it waits for the work before this call, not after it.
+
+    So the losses of a step are known while its backward pass still runs on the device.
+    """
+    host, copied = values, None
+    if values.is_cuda:
+        host = torch.empty_like(values, device="cpu", pin_memory=True)
+        host.copy_(values, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+
+    def read() -> NDArray[np.float64]:
+        if copied is not None:
+            copied.synchronize()
+        return host.double().numpy()
+
+    return read
 
 
 @torch.no_grad()

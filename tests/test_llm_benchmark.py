@@ -22,6 +22,7 @@ from transformers import TrainingArguments
 
 from llm.benchmark import worker
 from llm.benchmark.__main__ import main
+from llm.benchmark.config import parse
 from llm.benchmark.goodput import Work
 from llm.benchmark.paper_way import PaperTrainer, all_logps
 from llm.benchmark.plan import (
@@ -244,6 +245,14 @@ def test_on_cuda_every_contender_leaves_its_record_before_the_next_begins() -> N
     first, both = measure(jobs, ROWS, lambda _: None)
     assert (list(first), list(both)) == (["ours/sft"], ["ours/sft", "ours/dpo"])
     assert all("failed" in record for record in both.values())
+
+
+def test_on_cuda_every_choice_of_suites_has_a_place_of_its_own() -> None:
+    """A call is limited in time: two of them may share a shape, not a file."""
+    folder = Path("figures/data/gpu")
+    cuda = ["--device", "cuda", "--shape", "pythia-1b"]
+    assert parse(cuda).out == folder / "pythia-1b"
+    assert parse([*cuda, "--suites", "dpo", "sft"]).out == folder / "pythia-1b-dpo-sft"
 
 
 def test_on_cuda_trl_has_its_own_target_and_memory_none() -> None:

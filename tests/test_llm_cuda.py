@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from _resume import AT, Interrupt, trained, with_dropout
@@ -25,6 +26,7 @@ from llm.forward import packing_problem
 from llm.objectives import move
 from llm.packing import pack_preference, to_device
 from llm.trainer import JointTrainer
+from llm.values import copied_early
 from theory.schedulers import Alright, Maxright, Mix, Scheduler
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -219,6 +221,19 @@ def test_a_pinned_copy_is_whole() -> None:
     copies = [to_device(source, DEVICE) for source in sources]
     for i, copy in enumerate(copies):
         assert bool((copy == i).all())
+
+
+def test_an_early_copy_does_not_wait_for_what_comes_after_it() -> None:
+    matrix = torch.ones(4096, 4096, device=DEVICE)
+    read = copied_early(torch.tensor([1.5, torch.nan], device=DEVICE))
+    for _ in range(200):
+        matrix @ matrix
+    last = torch.cuda.Event()
+    last.record()
+    losses = read()
+    assert not last.query()  # the products still run
+    assert losses[0] == 1.5
+    assert np.isnan(losses[1])
 
 
 def test_logits_of_the_whole_batch_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,8 +50,10 @@ def parse(argv: Sequence[str] | None) -> BenchmarkConfig:
         parser.error("--sft_dataset and --dpo_dataset need --tokenizer")
     cuda = given.device == "cuda"
     limit = given.time_limit or (CUDA_SECONDS if cuda else math.inf)
+    suites = tuple(dict.fromkeys(given.suites))
+    some = "" if set(suites) == set(SUITES) else "-" + "-".join(suites)
     return BenchmarkConfig(
-        suites=tuple(dict.fromkeys(given.suites)),
+        suites=suites,
         shape=shape,
         device=given.device,
         rounds=1 if given.quick else given.rounds or ROUNDS,
@@ -59,7 +61,9 @@ def parse(argv: Sequence[str] | None) -> BenchmarkConfig:
         sources=Sources(given.sft_dataset, given.dpo_dataset, given.tokenizer),
         peak_tflops=given.peak_tflops,
         time_limit=limit,
-        out=Path(given.out or (f"figures/data/gpu/{name}" if cuda else "figures/llm_benchmark")),
+        out=Path(
+            given.out or (f"figures/data/gpu/{name}{some}" if cuda else "figures/llm_benchmark")
+        ),
     )
 
 
@@ -95,5 +99,8 @@ def _parser() -> OneLineParser:
         type=positive_float,
         help=f"seconds after which no contender is started (CUDA: {CUDA_SECONDS:.0f}, else none)",
     )
-    add("--out", help="directory (default: figures/llm_benchmark; CUDA: figures/data/gpu/SHAPE)")
+    add(
+        "--out",
+        help="directory (default: figures/llm_benchmark; CUDA: figures/data/gpu/SHAPE-SUITES)",
+    )
     return parser
