@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from statistics import median
+from statistics import fmean, median
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -192,7 +192,7 @@ def throughput(
         if "failed" in record:
             continue
         counts = _rows_seen(name, record, group, shape)
-        seconds = median(record["seconds"])
+        seconds = fmean(record["seconds"])  # the rounds of a sequence are not alike
         tokens = sum(count * mean_tokens[task] for task, count in counts.items())
         flops = sum(count * mean_flops[task] for task, count in counts.items())
         notes = record["notes"]

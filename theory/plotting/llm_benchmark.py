@@ -49,10 +49,16 @@ def _faster(axes: Axes, lines: Lines) -> None:
         _point(axes, row, line, SUITE_COLOURS[line["suite"]])
         _target(axes, row, line["target"])
     axes.axvline(1.0, color="0.6", linewidth=0.8)
-    axes.set_xlim(0.0, 1.15 * max(max(line["median"], line["target"] or 0.0) for line in lines))
+    axes.set_xlim(0.0, 1.08 * max(max(_end(line), line["target"] or 0.0) for line in lines))
     axes.set_xlabel("times the time of ours (dotted: target)")
     axes.set_title("Time of the others / ours")
     _names(axes, [line["label"] for line in lines])
+
+
+def _end(line: dict[str, Any]) -> float:
+    """Where a line of the figure ends: an interval of few rounds may be without end."""
+    median, high = line["median"], line["high"]
+    return float(high if high is not None and high <= 3.0 * median else median)
 
 
 def _near_one(axes: Axes, lines: Lines) -> None:
