@@ -20,8 +20,9 @@ from transformers import AutoModelForCausalLM
 
 import llm.compare.pool
 import llm.compare.workers
+from llm.checks import with_leaks_noted
 from llm.compare.__main__ import main
-from llm.compare.plan import Experiment
+from llm.compare.plan import Experiment, measured_on
 from llm.compare.pool import Pool, shared_fingerprint
 from llm.compare.runs import Run, configure, line_run, train
 from llm.compare.settings import CompareConfig, parse
@@ -159,6 +160,14 @@ def test_finished_runs_are_kept_and_damaged_or_other_ones_are_not(
     pool.run("stage", runs)
     assert pool.trained == 2  # no model was kept
     assert not list(config.out.glob(".*"))  # one job needs no other process
+
+
+def test_losses_of_rows_that_are_trained_on_are_called_so(setup: Setup) -> None:
+    assert measured_on(setup) == "held-out"
+    same = {task: with_leaks_noted(rows, rows) for task, rows in setup.train.items()}
+    assert measured_on(replace(setup, held_out=same)) == "training"
+    half = same | {Task.SFT: setup.held_out[Task.SFT]}
+    assert measured_on(replace(setup, held_out=half)) == "held-out"
 
 
 def test_replaced_settings_reach_every_process(config: CompareConfig, setup: Setup) -> None:

@@ -9,6 +9,7 @@ from itertools import product
 from statistics import fmean
 from typing import Protocol
 
+from llm.checks import LEAKED
 from llm.compare.cost import CostModel, measured_costs
 from llm.compare.runs import Record, Run, line_run
 from llm.compare.settings import EVEN, CompareConfig
@@ -24,6 +25,9 @@ class Runner(Protocol):
     def run(self, stage: str, runs: Sequence[Run]) -> list[Record]:
         """The records of the runs, in their order."""
         ...
+
+
+HELD_OUT, TRAINED = "held-out", "training"
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,8 @@ class Experiment:
     runs: dict[str, tuple[Record, ...]]
     """Per budget."""
     costs: CostModel
+    measured_on: str = HELD_OUT
+    """The rows that the losses are of."""
 
 
 def run_experiment(config: CompareConfig, setup: Setup, pool: Runner) -> Experiment:
@@ -58,7 +64,15 @@ def run_experiment(config: CompareConfig, setup: Setup, pool: Runner) -> Experim
         runs["compute"] = tuple(pool.run("equal compute", planned))
     if "steps" not in config.budgets:
         del runs["steps"]
-    return Experiment(optimum, steps, singles, progress, tuning, rates, runs, costs)
+    rows = measured_on(setup)
+    return Experiment(optimum, steps, singles, progress, tuning, rates, runs, costs, rows)
+
+
+def measured_on(setup: Setup) -> str:
+    """HELD_OUT, or TRAINED where all that is evaluated is trained on, as the theory has it."""
+    reports = [encoded.report for encoded in setup.held_out.values()]
+    trained = all(report.notes.get(LEAKED, 0) == report.kept for report in reports)
+    return TRAINED if trained else HELD_OUT
 
 
 def find_optima(

@@ -25,6 +25,7 @@ def summarise(config: CompareConfig, experiment: Experiment, results: pd.DataFra
     summary = {
         "problem": config.run.model.model_name_or_path or "embedded",
         "steps": experiment.steps,
+        "measured_on": experiment.measured_on,
         "seeds": len(config.seeds),
         "optima": _optima(config, experiment, results),
         "tuning": _tuning(config, experiment),
@@ -40,7 +41,8 @@ def _optima(config: CompareConfig, experiment: Experiment, results: pd.DataFrame
     """f*, and by how much runs of the comparison came out below it."""
     dpo, sft = experiment.optimum
     file = config.run.training.optima
-    source = "the lowest held-out loss along runs on one objective, every learning rate"
+    rows = experiment.measured_on
+    source = f"the lowest {rows} loss along runs on one objective, every learning rate"
     return {
         "dpo": dpo,
         "sft": sft,
@@ -74,7 +76,8 @@ def _tuning(config: CompareConfig, experiment: Experiment) -> Summary:
             },
         }
     return {
-        "criterion": f"lowest mean held-out f_Mix({EVEN}) at the end, at lam or split {EVEN}",
+        "criterion": f"lowest mean {experiment.measured_on} f_Mix({EVEN}) at the end, at lam or "
+        f"split {EVEN}",
         "least_progress": config.least_progress if experiment.progress else None,
         "progress": {f"{rate:g}": share for rate, share in experiment.progress.items()},
         "chosen": experiment.rates,

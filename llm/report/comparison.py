@@ -133,7 +133,7 @@ def _figures(folder: Path, summary: Data) -> Iterator[Html]:
     if paths.is_file():
         yield figure(
             paths_figure(pd.read_parquet(paths), summary)[0],
-            "Held-out losses along the runs at the middle of the grid (thin: seeds, thick: their "
+            "Losses along the runs at the middle of the grid (thin: seeds, thick: their "
             "mean), and the end points of all settings with 95% intervals. Dotted: the optima.",
         )
     yield figure(

@@ -16,7 +16,8 @@ def _lines(record: dict[str, Any]) -> Iterator[str]:
     yield f"# Validation of {record['problem']}\n"
     yield (
         "Intervals are Student's t over seeds. Margins of predictions: one-sided 95% limits, the "
-        "upper one corrected for the number of claims; losses are held-out, in nats.\n"
+        "upper one corrected for the number of claims; losses are those of the "
+        f"{record.get('measured_on', 'held-out')} rows, in nats.\n"
     )
     yield "## Predictions\n"
     yield from _head("prediction", "theory", "margin", "verdict", "deciding claim")

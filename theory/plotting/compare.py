@@ -29,11 +29,12 @@ WEIGHT = r"$\lambda$, or share of steps on DPO"
 
 
 def paths_figure(paths: pd.DataFrame, summary: Mapping[str, Any]) -> tuple[Figure, Numbers]:
-    """(a) Held-out losses along the runs at the middle knob; (b) where the runs of all knobs end.
+    """(a) Losses along the runs at the middle knob; (b) where the runs of all knobs end.
 
     Thin lines are seeds, thick ones their mean; dotted lines are f*. The first budget is drawn.
     """
     entries = _finished(summary["settings"], _budgets(summary)[0])
+    of = summary.get("measured_on", "held-out")
     rows = paths[(paths["budget"] == _budgets(summary)[0]) & (paths["failed"] == "")]
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(6.9, 3.1), layout="constrained")
@@ -42,9 +43,9 @@ def paths_figure(paths: pd.DataFrame, summary: Mapping[str, Any]) -> tuple[Figur
         for axis in (left, right):
             axis.axvline(summary["optima"]["dpo"], color="0.5", ls=":", lw=0.9, zorder=0)
             axis.axhline(summary["optima"]["sft"], color="0.5", ls=":", lw=0.9, zorder=0)
-            axis.set_xlabel(r"held-out $f_{\mathrm{DPO}}$ (nats/pair)")
+            axis.set_xlabel(rf"{of} $f_{{\mathrm{{DPO}}}}$ (nats/pair)")
             axis.grid(alpha=0.25, lw=0.5)
-        left.set_ylabel(r"held-out $f_{\mathrm{SFT}}$ (nats/token)")
+        left.set_ylabel(rf"{of} $f_{{\mathrm{{SFT}}}}$ (nats/token)")
         left.set_title("(a) paths at the middle of the grid")
         right.set_title(r"(b) end points over $\lambda$ or split")
         start = Line2D([], [], color="black", marker="*", ms=7, ls="", label="initial policy")
