@@ -160,3 +160,38 @@ def test_a_directory_that_cannot_be_made_is_refused(
     monkeypatch.setattr(Path, "mkdir", refuse)
     with pytest.raises(UserError, match=r"^--out .* cannot be created: Permission denied$"):
         check_output_dir(tmp_path / "new")
+
+
+# --- the parser
+
+
+def test_the_help_shows_defaults_as_they_are_typed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    parser = OneLineParser(prog="prog")
+    parser.add_argument("--seed", type=int, default=0, help="a number")
+    parser.add_argument("--lams", nargs="+", default=[0.25, 0.5], help="weights")
+    parser.add_argument("--rates", nargs="+", help="numbers; default: three of them")
+    parser.add_argument("--out", help="a directory")
+    parser.add_argument("--quick", action="store_true", help="in short")
+    parser.add_argument("--share", default="100%", help="of 50%% and more")
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--help"])
+    lines = {line.split("  ")[-1].strip() for line in capsys.readouterr().out.splitlines()}
+    assert lines >= {
+        "a number (default: 0)",
+        "weights (default: 0.25 0.5)",
+        "numbers; default: three of them",
+        "a directory",
+        "in short",
+        "of 50% and more (default: 100%)",
+    }
+
+
+def test_flags_are_not_guessed(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = OneLineParser(prog="prog")
+    parser.add_argument("--steps")
+    with pytest.raises(SystemExit, match="2"):
+        parser.parse_args(["--step", "3"])
+    assert capsys.readouterr().err.count("\n") == 1

@@ -15,12 +15,17 @@ class UserError(ValueError):
     """A mistake of the user; its message is one line that says what would be right."""
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the default of a flag that has one, unless its text does."""
+class _Help(argparse.HelpFormatter):
+    """Shows the default of a flag that has one, unless its text does; lists as they are typed."""
 
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        told = action.default in (None, False) or "default" in (action.help or "")
-        return action.help if told else super()._get_help_string(action)
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text, default = action.help or "", action.default
+        without = default is None or default is False or default == argparse.SUPPRESS
+        if without or "default" in text:
+            return text
+        values = default if isinstance(default, list | tuple) else [default]
+        shown = " ".join(map(str, values)).replace("%", "%%")
+        return f"{text} (default: {shown})"
 
 
 class OneLineParser(argparse.ArgumentParser):
