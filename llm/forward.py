@@ -151,7 +151,9 @@ def _last_mlp_on(model: Any, positions: Tensor) -> Iterator[None]:
     """
     layer = last_layer(model)
     mlp = getattr(layer, "mlp", None)
-    if mlp is None or getattr(layer, "gradient_checkpointing", False):
+    # transformers' own checkpointing, and torch's, which FSDP's configuration asks for
+    recomputed = getattr(layer, "gradient_checkpointing", False)
+    if mlp is None or recomputed or hasattr(layer, "_checkpoint_wrapped_module"):
         yield
         return
     whole = mlp.forward

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import (
     AttentionInterface,
     AutoModelForCausalLM,
@@ -149,6 +150,18 @@ def test_activation_checkpointing_changes_nothing() -> None:
     (enable or model.gradient_checkpointing_enable)()
     model.train()
     assert_equal(value_and_gradient(model, batch), expected)
+
+
+def test_layers_that_torch_computes_again_change_nothing() -> None:
+    """As accelerate wraps them for FSDP: the backward finds the last MLP whole, as the forward."""
+    model, batch = make_model(), pack_preference(make_rows())
+    expected = value_and_gradient(model, batch)
+    layers = model.base_model.layers
+    for i in range(len(layers)):
+        layers[i] = checkpoint_wrapper(layers[i])
+    values, gradients = value_and_gradient(model, batch)
+    plain = {name.replace("_checkpoint_wrapped_module.", ""): g for name, g in gradients.items()}
+    assert_equal((values, plain), expected)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch's own compiler
