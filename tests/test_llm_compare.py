@@ -16,6 +16,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
 import llm.compare.pool
@@ -170,6 +171,16 @@ def test_losses_of_rows_that_are_trained_on_are_called_so(setup: Setup) -> None:
     assert measured_on(replace(setup, held_out=half)) == "held-out"
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As the commands have it, and every worker: sums in another order have other bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_replaced_settings_reach_every_process(config: CompareConfig, setup: Setup) -> None:
     """As the studies of llm.validate replace them: the same bits in one process and in two."""
     runs, flags = [a_run(seed=seed) for seed in (0, 1)], {"max_grad_norm": 0.0, "weight_decay": 0.5}
