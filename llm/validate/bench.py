@@ -71,8 +71,9 @@ class Bench:
     ) -> pd.DataFrame:
         """A row per run: lam, seed, f_dpo, f_sft, p_dpo, norm_dpo, norm_sft, folder.
 
-        `flags` replace settings of the comparison. Losses are held-out, in nats; `norm_*` is the
-        mean norm of the gradients before clipping in steps on one objective alone.
+        `flags` replace settings of the comparison. Losses are of the rows that it evaluates, in
+        nats; `norm_*` is the mean norm of the gradients before clipping in steps on one objective
+        alone.
 
         Raises:
             UserError: if a run diverges: a study without it would be another one.
