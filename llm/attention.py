@@ -156,7 +156,7 @@ def _block_by_block(
 
 
 def _repeated(query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
-    """Key and value (..., H_kv, T, D) with as many heads as the query."""
+    """Key and value with as many heads (axis 1 of all three) as the query."""
     repeats = query.shape[1] // key.shape[1]
     return [x.repeat_interleave(repeats, dim=1) for x in (key, value)]
 

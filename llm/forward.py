@@ -39,13 +39,15 @@ class ResponseLogps:
 
     def sums(self) -> Tensor:
         """log pi(y|x) of each response: (count,)."""
-        return self.values.new_zeros(self.count).index_add(0, self.owners, self.values)
+        return self._by_response(self.values)
 
     def lengths(self) -> Tensor:
         """Tokens of each response: (count,)."""
         # Not bincount, which makes the host wait for a CUDA device to learn the largest owner.
-        ones = torch.ones_like(self.owners)
-        return self.owners.new_zeros(self.count).index_add(0, self.owners, ones)
+        return self._by_response(torch.ones_like(self.owners))
+
+    def _by_response(self, of_tokens: Tensor) -> Tensor:
+        return of_tokens.new_zeros(self.count).index_add(0, self.owners, of_tokens)
 
 
 def response_logps(model: torch.nn.Module, batch: Mapping[str, Any]) -> ResponseLogps:

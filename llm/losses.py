@@ -11,6 +11,7 @@ random number or keeps state. Log-probabilities are in nats.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -91,7 +92,7 @@ class _LabelLogps(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, labels: Tensor, overwrite: bool) -> Tensor:
         ctx.save_for_backward(logits, labels)
         ctx.overwrite = overwrite
-        pairs = zip(*_in_cache(logits, labels[:, None]), strict=True)
+        pairs = _in_cache(logits, labels[:, None])
         return torch.cat([part.log_softmax(-1).gather(1, ids)[:, 0] for part, ids in pairs])
 
     @staticmethod
@@ -102,15 +103,15 @@ class _LabelLogps(torch.autograd.Function):
             return gradient[:, None] * (chosen - logits.softmax(-1)), None, None
         result = logits if ctx.overwrite else torch.empty_like(logits)
         parts = _in_cache(result, logits, labels[:, None], gradient[:, None])
-        for out, part, ids, g in zip(*parts, strict=True):
+        for out, part, ids, g in parts:
             torch.mul(part.softmax(-1), -g, out=out).scatter_add_(1, ids, g)
         return result, None, None
 
 
-def _in_cache(logits: Tensor, *others: Tensor) -> list[tuple[Tensor, ...]]:
+def _in_cache(logits: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """The tensors in parts of so many rows that CACHE_BYTES hold those of `logits`."""
     rows = max(1, CACHE_BYTES // (logits.element_size() * max(1, logits.shape[1])))
-    return [each.split(rows) for each in (logits, *others)]
+    return zip(*(each.split(rows) for each in (logits, *others)), strict=True)
 
 
 def sequence_logps(logits: Tensor, labels: Tensor) -> Tensor:

@@ -238,7 +238,8 @@ class JointTrainer(ReportingTrainer):
             # Data-parallel wrappers average gradients over ranks; the shares are to be summed.
             weighted = share * (inputs["weights"][task] * self.args.world_size)
             loss = weighted if loss is None else loss + weighted
-        if self.scheduler.reads_losses and not self.value_rows:
+        last = self.accelerator.sync_gradients  # micro-batch of the step
+        if last and self.scheduler.reads_losses and not self.value_rows:
             unknown = torch.full((), torch.nan, device=self.args.device)
             so_far = torch.stack([self._step_losses.get(task, unknown) for task in Task])
             self._observed = copied_early(self._sum_over_ranks(so_far))

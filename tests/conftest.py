@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,16 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, before
 def _imports_are_no_garbage() -> None:
     """Trainer collects garbage at every start; without this it looks through all of torch."""
     gc.freeze()
+
+
+@pytest.fixture
+def same_threads() -> Iterator[None]:
+    """Whatever a test sets, later ones have torch's threads as before."""
+    import torch
+
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

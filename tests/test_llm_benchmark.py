@@ -6,7 +6,6 @@ import io
 import json
 import math
 import statistics
-from collections.abc import Iterator
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -142,13 +141,6 @@ def test_a_missing_cuda_device_is_said_before_anything_is_written(tmp_path: Path
 
 
 # ------------------------------------------------------------------------------- the contenders
-
-
-@pytest.fixture
-def same_threads() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def answers_of(job: Job) -> list[dict[str, Any]]:

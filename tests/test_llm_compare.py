@@ -171,18 +171,10 @@ def test_losses_of_rows_that_are_trained_on_are_called_so(setup: Setup) -> None:
     assert measured_on(replace(setup, held_out=half)) == "held-out"
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """As the commands have it, and every worker: sums in another order have other bits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("one_thread")
+@pytest.mark.usefixtures("same_threads")
 def test_replaced_settings_reach_every_process(config: CompareConfig, setup: Setup) -> None:
     """As the studies of llm.validate replace them: the same bits in one process and in two."""
+    torch.set_num_threads(1)  # as the command and every worker: the order of a sum is in its bits
     runs, flags = [a_run(seed=seed) for seed in (0, 1)], {"max_grad_norm": 0.0, "weight_decay": 0.5}
     found = {}
     for jobs in (1, 2):

@@ -5,14 +5,22 @@ from __future__ import annotations
 import sys
 import types
 from collections.abc import Callable
-from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from _packing import (
+    FLOAT32,
+    GROUPED,
+    SHAPES,
+    VOCABULARY,
+    assert_equal,
+    make_model,
+    make_rows,
+    value_and_gradient,
+)
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -20,16 +28,6 @@ from transformers import (
     AttentionInterface,
     AutoModelForCausalLM,
     Gemma2Config,
-    GPT2Config,
-    GPTNeoXConfig,
-    GraniteConfig,
-    LlamaConfig,
-    MistralConfig,
-    MixtralConfig,
-    OPTConfig,
-    PreTrainedConfig,
-    Qwen2Config,
-    Qwen3Config,
 )
 
 from llm import attention, forward
@@ -38,89 +36,6 @@ from llm.collate import collate_preference, collate_sft
 from llm.forward import packing_problem, response_logps
 from llm.objectives import DPOObjective, SFTObjective
 from llm.packing import PackingPlan, pack_preference, pack_sft
-
-VOCABULARY = 97
-# Sums of up to 9 log-probabilities of order 5 in float32, relative to the largest of them.
-FLOAT32 = 1e-5
-
-_SIZES: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-    "pad_token_id": 0,
-}
-_GROUPED = _SIZES | {"num_key_value_heads": 2, "intermediate_size": 64}
-SHAPES: dict[str, PreTrainedConfig] = {
-    "gpt_neox": GPTNeoXConfig(**_SIZES, intermediate_size=64),
-    "llama": LlamaConfig(**_GROUPED),
-    "opt": OPTConfig(**_SIZES, ffn_dim=64, word_embed_proj_dim=32, dropout=0.0),
-    "qwen2": Qwen2Config(**_GROUPED),
-    "qwen3": Qwen3Config(**_GROUPED, head_dim=8),
-    "gpt2": GPT2Config(**_SIZES, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
-    "sliding window": MistralConfig(**_GROUPED, sliding_window=5),
-    "experts": MixtralConfig(**_GROUPED, num_local_experts=4, num_experts_per_tok=2),
-    "logits scaled after the head": GraniteConfig(**_GROUPED, logits_scaling=3.0),
-}
-
-
-def make_model(shape: str = "llama") -> Any:
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(SHAPES[shape])
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):  # zero at first: positions and rows must not be alike
-            torch.nn.init.normal_(parameter, std=0.1)
-    return model
-
-
-def make_rows(seed: int = 0) -> list[dict[str, Any]]:
-    """Pairs with long and short prompts and responses; `completion_ids` makes them SFT rows too."""
-    rng = np.random.default_rng(seed)
-    rows = []
-    for lengths in ((7, 5, 3), (1, 1, 9), (12, 8, 8), (3, 2, 1)):
-        prompt, chosen, rejected = (rng.integers(1, VOCABULARY, n).tolist() for n in lengths)
-        rows.append(
-            {
-                "prompt_ids": prompt,
-                "chosen_ids": chosen,
-                "rejected_ids": rejected,
-                "completion_ids": chosen,
-                "ref_chosen_logps": -20.0,
-                "ref_rejected_logps": -21.0,
-            }
-        )
-    return rows
-
-
-def value_and_gradient(model: Any, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-    """log pi of every response, and the gradient of a sum that weighs each differently."""
-    model.zero_grad()
-    # Layers that are computed again in the backward need their attention there as well.
-    with packed_attention(model) if "plan" in batch else nullcontext():
-        sums = response_logps(model, batch).sums()
-        (sums * torch.arange(1.0, len(sums) + 1.0, device=sums.device)).sum().backward()
-    gradients = {
-        name: parameter.grad.clone()
-        for name, parameter in model.named_parameters()
-        if parameter.grad is not None
-    }
-    return sums.detach(), gradients
-
-
-def assert_equal(actual: Any, expected: Any) -> None:
-    """Values and gradients agree to FLOAT32, relative to the largest entry of each tensor."""
-    (values, gradients), (expected_values, expected_gradients) = actual, expected
-    assert gradients.keys() == expected_gradients.keys()
-    pairs = [(values, expected_values)]
-    pairs += [(gradients[name], expected_gradients[name]) for name in gradients]
-    # A gradient that is zero in exact arithmetic (a key's bias) is judged by the others' size.
-    scale = max(float(tensor.abs().max()) for tensor in expected_gradients.values())
-    for mine, theirs in pairs:
-        bound = FLOAT32 * max(float(theirs.abs().max()), 0.01 * scale)
-        assert float((mine - theirs).abs().max()) <= bound
 
 
 @pytest.mark.parametrize("chunk_rows", [None, 5])
@@ -347,7 +262,7 @@ def test_the_model_is_itself_again_afterwards() -> None:
 
 
 def test_attention_that_is_not_computed_is_refused() -> None:
-    model: Any = AutoModelForCausalLM.from_config(Gemma2Config(**_GROUPED, head_dim=8))
+    model: Any = AutoModelForCausalLM.from_config(Gemma2Config(**GROUPED, head_dim=8))
     with pytest.raises(NotImplementedError, match="softcap"):
         response_logps(model, pack_sft(make_rows()))
 
@@ -364,7 +279,7 @@ def test_a_model_that_packs_is_recognised(shape: str, dtype: torch.dtype) -> Non
 
 
 def test_a_model_that_ignores_the_plan_is_recognised(monkeypatch: pytest.MonkeyPatch) -> None:
-    gemma: Any = AutoModelForCausalLM.from_config(Gemma2Config(**_GROUPED, head_dim=8))
+    gemma: Any = AutoModelForCausalLM.from_config(Gemma2Config(**GROUPED, head_dim=8))
     assert "softcap" in (problem_of(gemma) or "")
     assert gemma.config._attn_implementation != PACKED
 

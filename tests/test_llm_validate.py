@@ -153,4 +153,5 @@ def test_a_finished_comparison_is_judged_without_training_anything(
 def test_the_table_escapes_the_bars_of_absolute_values() -> None:
     quantity = measured("T8", "|grad f|", 1.0, [1.0, 2.0])
     record = {"problem": "x", "predictions": [], "hypotheses": [], "quantities": [vars(quantity)]}
+    record["measured_on"] = "held-out"
     assert r"| T8 | \|grad f\| | 1 | 1.5 [-4.85, 7.85] |" in markdown(record)

@@ -113,6 +113,7 @@ def _measure_group(
     }
     document["rows"][group] = {task.label: describe_rows(rows[task]) for task in rows}
     before = {key: document[key] for key in ("comparisons", "costs", "throughput")}
+    work = Work.of(config.shape)
     for records in measure(jobs, rows, lambda line: print(line, flush=True), deadline):
         document["groups"][group] = records
         document["failed"] |= {
@@ -123,7 +124,7 @@ def _measure_group(
         found = summarise_group(group, suites, records, config.shape, config.device)
         if group != "overhead":
             found["throughput"] = throughput(
-                *(group, records, rows, config.shape, Work.of(config.shape)),
+                *(group, records, rows, config.shape, work),
                 document["machine"]["peak_tflops"],
             )
         document |= {key: before[key] + lines for key, lines in found.items()}

@@ -148,8 +148,11 @@ def build_ours(job: Job, rows: RowSets, pacing: TrainerCallback) -> Built:
     train_rows, notes = {task: compact(rows[task]) for task in tasks}, {}
     if Task.DPO in tasks:
         pairs = train_rows[Task.DPO]
-        options: dict[str, Any] = {"batch_size": job.dpo_batch, "pad_token_id": EOS}
-        options["packing"] = packing
+        options: dict[str, Any] = {
+            "batch_size": job.dpo_batch,
+            "pad_token_id": EOS,
+            "packing": packing,
+        }
         # What a device does once is not the speed of the cache.
         with_reference_logps(model, pairs[: job.dpo_batch], **options)
         begin = now(model.device)

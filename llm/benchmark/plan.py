@@ -15,8 +15,11 @@ GROUPS = {"dpo": ("dpo",), "sft": ("sft",), "joint": ("joint", "cost"), "overhea
 """Suites that share contenders are measured together."""
 OVERHEAD = Batches(sft=2, dpo=2, number=200)
 MORE_ROUNDS = {
-    **{("sft", "ours"): 4, ("sft", "trl_packed"): 4},
-    **{("overhead", "ours"): 5, ("overhead", "trainer"): 5, ("joint", "ours"): 2},
+    ("sft", "ours"): 4,
+    ("sft", "trl_packed"): 4,
+    ("joint", "ours"): 2,
+    ("overhead", "ours"): 5,
+    ("overhead", "trainer"): 5,
 }
 """Times --rounds: where a round is short and a few per cent are to be told from noise."""
 SFT_MORE = 4

@@ -29,10 +29,9 @@ _LIMITS = ("OMP", "OPENBLAS", "MKL", "NUMEXPR")
 class Worker:
     """A contender's process. `record` fills while it answers; `failed` says why it stopped."""
 
-    def __init__(self, name: str, job: Job, rows: Mapping[Task, Sequence[Row]]) -> None:
+    def __init__(self, name: str, job: Job) -> None:
         self.name, self.job = name, job
         self.record: Record = {"steps_per_round": job.steps, "seconds": [], "rounds": []}
-        self._rows = {task.label: list(rows[task]) for task in rows}
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed in `close`)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "llm.benchmark.worker"],
@@ -43,9 +42,10 @@ class Worker:
             env=os.environ | {f"{name}_NUM_THREADS": str(job.threads) for name in _LIMITS},
         )
 
-    def begin(self) -> None:
+    def begin(self, rows: Mapping[Task, Sequence[Row]]) -> None:
         """Build the trainer: so far the process has only imported what all contenders need."""
-        self._send(json.dumps({"job": asdict(self.job), "rows": self._rows}))
+        data = {task.label: list(rows[task]) for task in rows}
+        self._send(json.dumps({"job": asdict(self.job), "rows": data}))
 
     def wait(self) -> None:
         """Until the trainer stands, or cannot."""
@@ -119,13 +119,13 @@ def measure(
     workers: list[Worker] = []
     try:
         for name, job in jobs.items():
-            workers.append(Worker(name, job, rows))
+            workers.append(Worker(name, job))
         for part in [workers] if together else [[worker] for worker in workers]:
             if time.monotonic() > deadline:
                 late: Record = {"failed": "not run: the time limit was reached"}
                 records |= {worker.name: late for worker in part}
             else:
-                _measure_in_turn(part, say)
+                _measure_in_turn(part, rows, say)
                 records |= {worker.name: worker.record for worker in part}
             for worker in part:
                 worker.close()
@@ -137,9 +137,11 @@ def measure(
             worker.close()
 
 
-def _measure_in_turn(workers: Sequence[Worker], say: Say) -> None:
+def _measure_in_turn(
+    workers: Sequence[Worker], rows: Mapping[Task, Sequence[Row]], say: Say
+) -> None:
     for worker in workers:
-        worker.begin()
+        worker.begin(rows)
     for worker in workers:
         worker.wait()
     rounds = max(worker.job.rounds for worker in workers)

@@ -30,7 +30,7 @@ def _head(summary: Summary) -> Iterator[str]:
     optima, costs = summary["optima"], summary["costs"]
     yield f"# Comparison: {summary['problem']}, {summary['seeds']} seeds, 95% t-intervals\n"
     yield (
-        f"Losses of the {summary.get('measured_on', 'held-out')} rows in nats; "
+        f"Losses of the {summary['measured_on']} rows in nats; "
         f"f_DPO* = {optima['dpo']:.4f}, f_SFT* = {optima['sft']:.4f} "
         f"({optima['source']}). The weight is lam, or the share of the steps on DPO. A step costs "
         f"{costs['sft_step']:.3g} (SFT), {costs['dpo_step']:.3g} (DPO), a probe of both "

@@ -9,6 +9,7 @@ from typing import Any
 
 from llm.report.page import Html, details, section, table, text
 from llm.report.record import read_object
+from llm.validate.report import outcome
 
 FILE = "validation.json"
 TITLES = {
@@ -22,6 +23,7 @@ COLUMNS = (
 )
 """What the tables show, where it is there; the rest is a click away."""
 HEADS = {"ruled_out": "other causes"}
+CAUSE = {"cause", "ruled_out", "evidence"}
 TONES = {"holds": "good", "fails": "bad"}
 Finding = Mapping[str, Any]
 
@@ -59,12 +61,15 @@ def _table(findings: Sequence[Finding], columns: Sequence[str]) -> Html:
 
 
 def _cell(value: Any) -> Any:
-    if value and isinstance(value, list) and all(isinstance(v, dict) for v in value):
+    if value and isinstance(value, list) and all(map(_is_cause, value)):
         return "; ".join(map(_cause, value))
     tone = TONES.get(value) if isinstance(value, str) else None
     return Html(f'<span class="{tone}">{text(value)}</span>') if tone else value
 
 
+def _is_cause(value: Any) -> bool:
+    return isinstance(value, dict) and value.keys() >= CAUSE
+
+
 def _cause(cause: Mapping[str, Any]) -> str:
-    outcome = "ruled out" if cause.get("ruled_out") else "not ruled out"
-    return f"{cause.get('cause')} {outcome} ({cause.get('evidence')})"
+    return f"{cause['cause']} {outcome(cause)} ({cause['evidence']})"

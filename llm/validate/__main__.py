@@ -66,7 +66,7 @@ def validate(config: ValidateConfig, comparison: Comparison) -> Record:
     return {
         "problem": comparison.summary["problem"],
         "seeds": {"comparison": comparison.summary["seeds"], "studies": config.study_seeds},
-        "measured_on": comparison.summary.get("measured_on", "held-out"),
+        "measured_on": comparison.measured_on,
         "optima": comparison.optima._asdict(),
         "predictions": predict(comparison, found),
         "quantities": [asdict(quantity) for quantity in (*own, *quantities)],

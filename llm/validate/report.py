@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 
@@ -17,7 +17,7 @@ def _lines(record: dict[str, Any]) -> Iterator[str]:
     yield (
         "Intervals are Student's t over seeds. Margins of predictions: one-sided 95% limits, the "
         "upper one corrected for the number of claims; losses are those of the "
-        f"{record.get('measured_on', 'held-out')} rows, in nats.\n"
+        f"{record['measured_on']} rows, in nats.\n"
     )
     yield "## Predictions\n"
     yield from _head("prediction", "theory", "margin", "verdict", "deciding claim")
@@ -27,8 +27,8 @@ def _lines(record: dict[str, Any]) -> Iterator[str]:
         yield _row(name, entry["theory"], _interval(entry), _bold(entry["verdict"]), claim)
     for entry in record["predictions"]:
         for cause in entry["ruled_out"]:
-            outcome = "ruled out" if cause["ruled_out"] else "not ruled out"
-            yield f"\n- {entry['name']} fails; {cause['cause']}: {outcome} ({cause['evidence']})"
+            told = f"{cause['cause']}: {outcome(cause)} ({cause['evidence']})"
+            yield f"\n- {entry['name']} fails; {told}"
     yield "\n## Hypotheses\n"
     yield from _head("hypothesis", "theory", "measured", "verdict", "seeds")
     for entry in record["hypotheses"]:
@@ -50,9 +50,13 @@ def summary_lines(record: dict[str, Any]) -> str:
         lines.append(f"{entry['verdict']:<12} {name}")
         lines[-1] += f": {_interval(entry)}"
         for cause in entry.get("ruled_out", ()):
-            outcome = "ruled out" if cause["ruled_out"] else "not ruled out"
-            lines.append(f"{'':<12}   {cause['cause']} {outcome}: {cause['evidence']}")
+            lines.append(f"{'':<12}   {cause['cause']} {outcome(cause)}: {cause['evidence']}")
     return "\n".join(lines)
+
+
+def outcome(cause: Mapping[str, Any]) -> str:
+    """Whether a failure may be due to one of the causes of `llm.validate.causes`."""
+    return "ruled out" if cause["ruled_out"] else "not ruled out"
 
 
 def _head(*names: str) -> tuple[str, str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from llm.compare.plan import HELD_OUT
 from llm.compare.results import predictions_optima, predictions_table
 from llm.compare.settings import PROG as COMPARE
 from llm.compare.settings import CompareConfig
@@ -50,6 +51,11 @@ class Comparison:
     @cached_property
     def optima(self) -> Optima:
         return predictions_optima(self.summary)
+
+    @property
+    def measured_on(self) -> str:
+        """The rows that the losses are of; earlier comparisons do not say, and held them out."""
+        return str(self.summary.get("measured_on", HELD_OUT))
 
     @property
     def costs(self) -> Costs:
