@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from llm.config import RunConfig
+from llm.flags.parse import RunConfig
 
 TITLES = {"f_mix": "f_Mix", "ideal_distance": "ideal distance"}
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from llm.arguments import ModelArguments
-from llm.models import load_adapted
+from llm.flags.arguments import ModelArguments
+from llm.model.load import load_adapted
 from theory.cli import OneLineParser, UserError, run_command
 from theory.records import read_json
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from llm.config import RunConfig
-from llm.data import Encoded
-from llm.evaluate import by_length, evaluating
-from llm.forward import packing_problem
-from llm.objectives import DPOObjective, SFTObjective, move
-from llm.reference import mixed_precision
+from llm.data.encode import Encoded
+from llm.flags.parse import RunConfig
+from llm.loss.evaluate import by_length, evaluating
+from llm.loss.forward import packing_problem
+from llm.loss.objectives import DPOObjective, SFTObjective, move
+from llm.model.reference import mixed_precision
 from theory.cli import UserError
 from theory.tasks import Task
 

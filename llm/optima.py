@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llm.config import SCHEDULE_FLAGS, RunConfig, named_flags, parse
+from llm.flags.parse import SCHEDULE_FLAGS, RunConfig, named_flags, parse
 from llm.setup import Setup, prepare, total_steps
 from llm.single_runs import (
     SingleRun,
@@ -32,7 +32,6 @@ from llm.single_runs import (
     problem,
     single_run,
 )
-from theory.bounds import wrong_optimum_bias
 from theory.cli import (
     OneLineParser,
     UserError,
@@ -43,6 +42,7 @@ from theory.cli import (
 )
 from theory.records import read_json, write_json
 from theory.tasks import Task
+from theory.theorems.bounds import wrong_optimum_bias
 
 PROG = "python -m llm.optima"
 Optimum = tuple[float, float]
@@ -224,7 +224,7 @@ def budgets(cap: int, doublings: int) -> list[int]:
 def value_error_bias(lam: float, errors: Mapping[Task, float]) -> float:
     """What optima that are too high by up to e_i can cost MAXRIGHT in f_Max (T6).
 
-    The largest `theory.bounds.wrong_optimum_bias` over errors in [0, e_DPO] x [0, e_SFT]; it is
+    The largest `bounds.wrong_optimum_bias` over errors in [0, e_DPO] x [0, e_SFT]; it is
     largest where one of the two is exact. Proved for convex objectives.
     """
     corners = ((errors[Task.DPO], 0.0), (0.0, errors[Task.SFT]))
@@ -242,7 +242,7 @@ def report(estimates: Mapping[Task, Estimate], lam: float, bias: float) -> str:
         )
     lines.append(
         f"optima too high by the last gains can cost MAXRIGHT {bias:.2g} in f_Max at lam {lam:g} "
-        "(T6, theory.bounds.wrong_optimum_bias, on convex problems)"
+        "(T6, theory.theorems.bounds.wrong_optimum_bias, on convex problems)"
     )
     return "\n".join(lines)
 

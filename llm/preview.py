@@ -13,10 +13,10 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from llm import embedded
-from llm.config import parse
-from llm.data import Encoded
-from llm.models import load_config
+from llm.data import embedded
+from llm.data.encode import Encoded
+from llm.flags.parse import parse
+from llm.model.load import load_config
 from llm.setup import check_data, encode_data, read_data
 from theory.cli import OneLineParser, positive_int, run_command
 

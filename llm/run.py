@@ -23,13 +23,13 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from llm.callbacks import JsonLines
 from llm.card import model_card
-from llm.checkpoints import intact, newest_intact
-from llm.config import PROG, JointArguments, RunConfig, parse, schedule_options
+from llm.flags.parse import PROG, JointArguments, RunConfig, parse, schedule_options
 from llm.optima import Optimum, find_optimum
 from llm.setup import Setup, make_trainer, prepare, total_steps
-from llm.trainer import JointTrainer
+from llm.train.callbacks import JsonLines
+from llm.train.checkpoints import intact, newest_intact
+from llm.train.trainer import JointTrainer
 from theory.cli import UserError, run_command
 from theory.metrics import ideal_distance, mix_value
 from theory.records import read_json, write_json, write_text

@@ -15,24 +15,24 @@ from typing import Any
 
 from transformers import TrainingArguments, enable_full_determinism, set_seed
 
-from llm import embedded
-from llm.checks import check_max_length, check_shares, with_leaks_noted
-from llm.config import RunConfig
-from llm.data import Encoded, encode_preference, encode_sft
-from llm.formats import load_rows
-from llm.kl import ReferenceSamples, samples_of_run
+from llm.data import embedded
+from llm.data.checks import check_max_length, check_shares, with_leaks_noted
+from llm.data.encode import Encoded, encode_preference, encode_sft
+from llm.data.formats import load_rows
+from llm.flags.parse import RunConfig
 from llm.layout import takes_packed_batches
-from llm.models import load_policy, load_tokenizer, with_adapters
-from llm.objectives import DPOObjective, LanguageObjective, SFTObjective
-from llm.reference import (
+from llm.loss.objectives import DPOObjective, LanguageObjective, SFTObjective
+from llm.model.load import load_policy, load_tokenizer, with_adapters
+from llm.model.reference import (
     add_reference_logps,
     check_reference,
     check_start,
     starts_at_reference,
 )
-from llm.streams import open_streams, steps_per_epoch
-from llm.trainer import JointTrainer
-from llm.values import split_values
+from llm.model.samples import ReferenceSamples, samples_of_run
+from llm.train.streams import open_streams, steps_per_epoch
+from llm.train.trainer import JointTrainer
+from llm.train.values import split_values
 from theory.cli import UserError
 from theory.schedulers import Scheduler, make_scheduler
 from theory.tasks import Task

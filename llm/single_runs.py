@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from llm.config import RunConfig
-from llm.data import fingerprint
-from llm.evaluate import by_length, device_of, evaluating
-from llm.identity import OPTIMISER_SETTINGS, reference_of, settings
-from llm.objectives import LanguageObjective, Row, move
+from llm.data.encode import fingerprint
+from llm.flags.parse import RunConfig
+from llm.loss.evaluate import by_length, device_of, evaluating
+from llm.loss.objectives import LanguageObjective, Row, move
 from llm.setup import Setup, make_trainer, total_steps
+from llm.train.identity import OPTIMISER_SETTINGS, reference_of, settings
 from theory.records import digest, read_json, write_json
 from theory.schedulers import make_scheduler
 from theory.tasks import Task

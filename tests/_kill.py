@@ -21,10 +21,10 @@ if __name__ == "__main__":  # run by path: the package and the helpers are not i
 
 import torch
 
-import llm.checkpoints
-from llm import embedded
+import llm.train.checkpoints
+from llm.data import embedded
 from llm.run import main
-from llm.trainer import JointTrainer
+from llm.train.trainer import JointTrainer
 
 FATAL = "checkpoint-9"
 """The checkpoint that most moments are about: the third; 6 is then the newest that is whole."""
@@ -69,14 +69,14 @@ def in_a_file() -> None:
 
 def before_the_seal() -> None:
     """Every file is written, the manifest is not."""
-    publish = llm.checkpoints.publish
+    publish = llm.train.checkpoints.publish
 
     def fatal(staged: Path, output_dir: Path) -> Path:
         if staged.name == FATAL:
             die()
         return publish(staged, output_dir)
 
-    llm.checkpoints.publish = fatal
+    llm.train.checkpoints.publish = fatal
 
 
 def before_the_rename() -> None:

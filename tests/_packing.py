@@ -22,8 +22,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from llm.attention import packed_attention
-from llm.forward import response_logps
+from llm.loss.attention import packed_attention
+from llm.loss.forward import response_logps
 
 VOCABULARY = 97
 # Sums of up to 9 log-probabilities of order 5 in float32, relative to the largest of them.

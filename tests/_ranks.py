@@ -22,7 +22,7 @@ if __name__ == "__main__":  # launched by path: the package and the helpers are 
 
 from _tiny import BATCH_SIZES, arguments, eval_rows, make_policy, make_trainer
 
-from llm.trainer import JointTrainer
+from llm.train.trainer import JointTrainer
 from theory.schedulers import Alright, Maxright, Mix
 
 SGD: dict[str, Any] = {"optim": "sgd", "learning_rate": 0.3, "max_steps": 8}

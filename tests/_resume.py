@@ -13,7 +13,7 @@ from _tiny import (
 from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback
 
-from llm.trainer import JointTrainer
+from llm.train.trainer import JointTrainer
 from theory.schedulers import (
     Alright,
     Alternate,

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, set_seed
 
-from llm import embedded
-from llm.config import JointArguments
-from llm.data import encode_preference, encode_sft
-from llm.evaluate import with_reference_logps
-from llm.kl import ReferenceSamples
-from llm.objectives import DPOObjective, LanguageObjective, Row, SFTObjective
-from llm.trainer import JointTrainer
+from llm.data import embedded
+from llm.data.encode import encode_preference, encode_sft
+from llm.flags.parse import JointArguments
+from llm.loss.evaluate import with_reference_logps
+from llm.loss.objectives import DPOObjective, LanguageObjective, Row, SFTObjective
+from llm.model.samples import ReferenceSamples
+from llm.train.trainer import JointTrainer
 from theory.schedulers import Scheduler
 from theory.tasks import Task
 

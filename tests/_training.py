@@ -19,8 +19,8 @@ from _tiny import (
     plain_sgd,
 )
 
-from llm.objectives import Row
-from llm.trainer import JointTrainer
+from llm.loss.objectives import Row
+from llm.train.trainer import JointTrainer
 from theory.schedulers import (
     Alright,
     Alternate,

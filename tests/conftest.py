@@ -37,7 +37,7 @@ def temporary_datasets_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.fixture
 def short_base_training(monkeypatch: pytest.MonkeyPatch) -> None:
     """The base policy of the embedded default after 4 steps instead of 300."""
-    monkeypatch.setattr("llm.embedded.BASE_STEPS", 4)
+    monkeypatch.setattr("llm.data.embedded.BASE_STEPS", 4)
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def own(tmp_path: Path) -> Callable[..., list[str]]:
     from _text import write_jsonl
     from _tiny import TOKENIZER, make_policy
 
-    from llm import embedded
+    from llm.data import embedded
 
     model_dir = tmp_path / "model"
     make_policy().save_pretrained(model_dir)

@@ -16,8 +16,6 @@ import pytest
 from numpy.typing import NDArray
 from scipy.stats import norm
 
-from theory import bounds, leading_order
-from theory.bounds import Descent, descent
 from theory.metrics import convex_metrics, mean_interval
 from theory.objectives import Quadratic
 from theory.optima import ProblemOptima
@@ -25,6 +23,8 @@ from theory.problems import PROBLEMS, Problem, make_problem, quadratic
 from theory.schedulers import Alright, Alternate, Maxright, Mix, Scheduler, objective_weights
 from theory.simulate import StepSize, Trace, simulate
 from theory.tasks import Task
+from theory.theorems import bounds, leading_order
+from theory.theorems.bounds import Descent, descent
 
 Array = NDArray[np.float64]
 

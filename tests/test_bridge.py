@@ -15,7 +15,7 @@ from _tiny import make_trainer
 from numpy.typing import NDArray
 
 import theory
-from llm.losses import dpo_loss, sft_sequence_loss, token_logps
+from llm.loss.losses import dpo_loss, sft_sequence_loss, token_logps
 from theory.objectives import LogisticDPO, Quadratic, SoftmaxSFT, response_log_probs
 from theory.problems import Problem
 from theory.schedulers import Alright, Alternate, Importance, Maxright, Mix, Scheduler, Sequential

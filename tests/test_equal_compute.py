@@ -7,10 +7,10 @@ import pytest
 
 from theory.beyond.equal_compute import METHODS, Case, EqualCompute, predict, ratio_interval
 from theory.costs import Costs
-from theory.importance import gradient_moments
 from theory.optima import ProblemOptima
 from theory.problems import make_problem
 from theory.sweep import run_sweep
+from theory.theorems.importance import gradient_moments
 
 CONFIG = EqualCompute(
     num_steps=4000, num_seeds=150, cases=(Case("quadratic", 0.05), Case("quadratic", 0.5))

@@ -17,13 +17,13 @@ from scipy.special import logit
 from theory import gap_experiment, pareto_experiment
 from theory.cli import UserError
 from theory.feature_file import FeatureFile
-from theory.importance import enumerate_gradients
 from theory.metrics import sequential_limit
 from theory.objectives import SoftmaxSFT
 from theory.optima import problem_optima
 from theory.problems import bernoulli_kl, make_problem
 from theory.sweep import Batch
 from theory.tasks import Task
+from theory.theorems.importance import enumerate_gradients
 
 SEEDS = pytest.mark.parametrize("seed", range(3))
 

@@ -11,8 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 
-from theory import leading_order
-from theory.importance import (
+from theory.objectives import LogisticDPO, SoftmaxSFT
+from theory.optima import ProblemOptima
+from theory.problems import make_problem, quadratic, softmax_problem
+from theory.schedulers import Importance, objective_weights
+from theory.tasks import Task
+from theory.theorems import leading_order
+from theory.theorems.importance import (
     GradientMoments,
     enumerate_gradients,
     expected_cost,
@@ -20,11 +25,6 @@ from theory.importance import (
     optimal_probability,
     second_moment,
 )
-from theory.objectives import LogisticDPO, SoftmaxSFT
-from theory.optima import ProblemOptima
-from theory.problems import make_problem, quadratic, softmax_problem
-from theory.schedulers import Importance, objective_weights
-from theory.tasks import Task
 
 RNG = np.random.default_rng(5)
 SMALL = softmax_problem(dim=3, responses=4, prompts=3, pairs_per_prompt=2, beta=0.7, seed=2)

@@ -22,6 +22,7 @@ from transformers import TrainingArguments
 from llm.benchmark import worker
 from llm.benchmark.__main__ import main
 from llm.benchmark.config import parse
+from llm.benchmark.figures import benchmark_figure
 from llm.benchmark.goodput import Work
 from llm.benchmark.paper_way import PaperTrainer, all_logps
 from llm.benchmark.plan import (
@@ -45,9 +46,8 @@ from llm.benchmark.summary import (
     summarise_group,
     throughput,
 )
-from llm.collate import collate_preference, collate_sft
-from llm.objectives import DPOObjective, SFTObjective
-from theory.plotting.llm_benchmark import benchmark_figure
+from llm.loss.collate import collate_preference, collate_sft
+from llm.loss.objectives import DPOObjective, SFTObjective
 from theory.records import read_json
 from theory.schedulers import Single
 from theory.tasks import Task

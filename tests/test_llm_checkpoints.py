@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from _kill import MOMENTS
 
-from llm.checkpoints import (
+from llm.train.checkpoints import (
     MANIFEST,
     STAGING,
     damage,

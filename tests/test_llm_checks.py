@@ -1,4 +1,4 @@
-"""llm.checks: lengths that the model has, and data sets that keep their rows."""
+"""llm.data.checks: lengths that the model has, and data sets that keep their rows."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from _text import make_tokenizer
 
-from llm.checks import LEAKED, check_max_length, check_shares, with_leaks_noted
-from llm.data import Encoded, encode_sft
-from llm.formats import DataError
+from llm.data.checks import LEAKED, check_max_length, check_shares, with_leaks_noted
+from llm.data.encode import Encoded, encode_sft
+from llm.data.formats import DataError
 
 TOKENIZER = make_tokenizer()
 

@@ -1,4 +1,4 @@
-"""llm.clipping in the trainer: one factor for both objectives, and no step beyond the limit."""
+"""llm.train.clipping: one factor for both objectives, and no step beyond the limit."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from _tiny import (
 from _training import SCHEDULERS, first_batch, loss_on
 from transformers import Trainer, TrainerCallback
 
-from llm.clipping import OUTLIER, RATE, StepNorms
-from llm.config import parse
-from llm.objectives import Row, Terms
-from llm.trainer import JointTrainer
+from llm.flags.parse import parse
+from llm.loss.objectives import Row, Terms
+from llm.train.clipping import OUTLIER, RATE, StepNorms
+from llm.train.trainer import JointTrainer
 from theory.cli import UserError
 from theory.schedulers import Alternate, Importance, Scheduler
 from theory.tasks import Task

@@ -1,11 +1,11 @@
-"""llm.collate: padding, masks and labels of both kinds of batch."""
+"""llm.loss.collate: padding, masks and labels of both kinds of batch."""
 
 from __future__ import annotations
 
 import torch
 from _text import PAD
 
-from llm.collate import collate_preference, collate_sft
+from llm.loss.collate import collate_preference, collate_sft
 
 
 def test_collate_sft() -> None:

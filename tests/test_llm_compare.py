@@ -21,14 +21,14 @@ from transformers import AutoModelForCausalLM
 
 import llm.compare.pool
 import llm.compare.workers
-from llm.checks import with_leaks_noted
 from llm.compare.__main__ import main
 from llm.compare.plan import Experiment, measured_on
 from llm.compare.pool import Pool, shared_fingerprint
 from llm.compare.runs import Run, configure, line_run, train
 from llm.compare.settings import CompareConfig, parse
 from llm.compare.workers import Workers
-from llm.evaluate import evaluate_objective
+from llm.data.checks import with_leaks_noted
+from llm.loss.evaluate import evaluate_objective
 from llm.run import new_trainer
 from llm.setup import Setup, prepare
 from theory.cli import run_command

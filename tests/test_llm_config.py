@@ -1,4 +1,4 @@
-"""llm.config: where values come from, and that nothing meaningless gets past the command line."""
+"""llm.flags.parse: where values come from, and that nothing meaningless gets past it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from llm.arguments import JointArguments
-from llm.config import SCHEDULE_FLAGS, TINY_RECIPE, RunConfig, parse, schedule_options
+from llm.flags.arguments import JointArguments
+from llm.flags.parse import SCHEDULE_FLAGS, TINY_RECIPE, RunConfig, parse, schedule_options
 from theory.cli import UserError, run_command
 from theory.schedulers import REGISTRY, Sequential, make_scheduler, scheduler_options
 from theory.tasks import Task

@@ -19,14 +19,14 @@ from _tiny import make_policy, make_trainer
 from torch import Tensor
 from transformers import TrainerCallback
 
-from llm import attention
-from llm.attention import varlen_attention
-from llm.collate import collate_preference
-from llm.forward import packing_problem
-from llm.objectives import move
-from llm.packing import pack_preference, to_device
-from llm.trainer import JointTrainer
-from llm.values import copied_early
+from llm.loss import attention
+from llm.loss.attention import varlen_attention
+from llm.loss.collate import collate_preference
+from llm.loss.forward import packing_problem
+from llm.loss.objectives import move
+from llm.loss.packing import pack_preference, to_device
+from llm.train.trainer import JointTrainer
+from llm.train.values import copied_early
 from theory.schedulers import Alright, Maxright, Mix, Scheduler
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -232,7 +232,7 @@ def test_an_early_copy_does_not_wait_for_what_comes_after_it() -> None:
 def test_logits_of_the_whole_batch_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     """With chunks of 2 rows a pass must stay below what the float32 logits alone would take."""
     vocabulary, rows = 50_000, make_rows() * 16
-    monkeypatch.setattr("llm.forward.LOGITS_BYTES", 2 * 4 * vocabulary)
+    monkeypatch.setattr("llm.loss.forward.LOGITS_BYTES", 2 * 4 * vocabulary)
     model = make_policy(vocab_size=vocabulary, max_position_embeddings=64).to(DEVICE)
     batch = move(pack_preference(rows), DEVICE)
     value_and_gradient(model, batch)

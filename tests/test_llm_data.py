@@ -1,4 +1,4 @@
-"""llm.data: token ids against TRL, truncation, counted drops, fingerprint."""
+"""llm.data.encode: token ids against TRL, truncation, counted drops, fingerprint."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from _text import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import llm.data as data
-import llm.formats as formats
-from llm.collate import collate_sft
-from llm.data import Encoded, encode_preference, encode_sft, fingerprint
-from llm.formats import DataError, load_rows
+import llm.data.encode as data
+import llm.data.formats as formats
+from llm.data.encode import Encoded, encode_preference, encode_sft, fingerprint
+from llm.data.formats import DataError, load_rows
+from llm.loss.collate import collate_sft
 
 pytestmark = pytest.mark.usefixtures("temporary_datasets_cache")
 

@@ -1,4 +1,4 @@
-"""llm.embedded: a reproducible corpus with the frequencies that it promises, tokens, model size."""
+"""llm.data.embedded: a reproducible corpus with the frequencies promised, tokens, model size."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from _asserts import assert_binomial
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm import embedded
-from llm.data import encode_preference, encode_sft
-from llm.embedded import (
+from llm.data import embedded
+from llm.data.embedded import (
     CHORES,
     DEMONSTRATED_DIRECT,
     HELD_OUT_SHARE,
@@ -24,6 +23,7 @@ from llm.embedded import (
     cautious_preferred,
     generate_corpus,
 )
+from llm.data.encode import encode_preference, encode_sft
 
 CAUTIOUS_START = " ask an expert"
 SMALL = {"train_rows": 200, "eval_rows": 100}

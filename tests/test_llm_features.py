@@ -16,21 +16,21 @@ from _text import needs_shared, write_jsonl
 from _tiny import PAD_ID, TOKENIZER, make_policy, train_rows
 from numpy.typing import NDArray
 
-from llm import embedded
+from llm.data import embedded
 from llm.features.__main__ import main
 from llm.features.build import BuildOptions, build
 from llm.features.candidates import LABELS, Extraction, Extractor
 from llm.features.conflict import bootstrap, measure, vary
+from llm.features.figures import conflict_figure
 from llm.features.pooling import pool
-from llm.losses import dpo_loss
-from theory.bounds import sequential_gap
+from llm.loss.losses import dpo_loss
 from theory.cli import UserError
 from theory.feature_file import FeatureFile
 from theory.objectives import response_log_probs
 from theory.optima import ProblemOptima
-from theory.plotting.features import conflict_figure
 from theory.problems import Problem, bernoulli_kl, make_problem, problem_from_features
 from theory.tasks import Task
+from theory.theorems.bounds import sequential_gap
 
 # Float32 forward passes of a tiny model, in batches of other shapes.
 FLOAT32 = 1e-5
@@ -423,8 +423,8 @@ def test_features_of_a_real_model_on_real_text_make_an_interior_problem() -> Non
     from _text import SHARED
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from llm.data import encode_preference, encode_sft
-    from llm.formats import load_rows
+    from llm.data.encode import encode_preference, encode_sft
+    from llm.data.formats import load_rows
 
     path = SHARED / "models" / "tinystories-656k"
     model, tokenizer = (

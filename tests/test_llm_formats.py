@@ -1,4 +1,4 @@
-"""llm.formats: the formats of rows, loading, error lines."""
+"""llm.data.formats: the formats of rows, loading, error lines."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from _text import ROWS, SHARED, assistant, needs_shared, user
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import llm.formats as formats
-from llm.formats import DataError, RowError, load_rows, preference_fields, sft_fields
+import llm.data.formats as formats
+from llm.data.formats import DataError, RowError, load_rows, preference_fields, sft_fields
 
 pytestmark = pytest.mark.usefixtures("temporary_datasets_cache")
 

@@ -1,4 +1,4 @@
-"""llm.trainer: the step is the gradient of the weighted sum, however it is divided up."""
+"""llm.train.trainer: the step is the gradient of the weighted sum, however it is divided up."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from _tiny import (
 )
 from _training import ONE_STEP, SCHEDULERS, first_batch, loss_on, stepped
 
-from llm.collate import collate_sft
+from llm.loss.collate import collate_sft
 from theory.schedulers import (
     Importance,
     Maxright,

@@ -27,10 +27,10 @@ from _tiny import (
 )
 from peft import LoraConfig, get_peft_model
 
-from llm.config import parse
-from llm.objectives import DPOObjective
+from llm.flags.parse import parse
+from llm.loss.objectives import DPOObjective
 from llm.run import main
-from llm.trainer import STATE_KEY, JointTrainer
+from llm.train.trainer import STATE_KEY, JointTrainer
 from theory.cli import UserError
 from theory.schedulers import (
     Alright,

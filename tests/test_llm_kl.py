@@ -1,4 +1,4 @@
-"""llm.kl: KL(ref || pi) against closed forms, and samples that a restart does not change."""
+"""llm.model.samples: KL(ref || pi) against closed forms, samples that survive a restart."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 from _tiny import PAD_ID, TOKENIZER, eval_rows, make_policy, make_trainer
 from transformers import GenerationConfig, GPTNeoXForCausalLM
 
-from llm.config import parse
-from llm.kl import FILE, ReferenceSamples, sample_reference, samples_of_run
-from llm.objectives import Row
+from llm.flags.parse import parse
+from llm.loss.objectives import Row
+from llm.model.samples import FILE, ReferenceSamples, sample_reference, samples_of_run
 from theory.cli import UserError
 from theory.schedulers import Single
 from theory.tasks import Task

@@ -19,10 +19,10 @@ from _tiny import (
 )
 
 import llm.layout
-import llm.objectives
-from llm.config import parse
-from llm.objectives import DPOObjective, SFTObjective
-from llm.packing import CPU_TOKENS, row_tokens, split_rows, tokens_per_forward
+import llm.loss.objectives
+from llm.flags.parse import parse
+from llm.loss.objectives import DPOObjective, SFTObjective
+from llm.loss.packing import CPU_TOKENS, row_tokens, split_rows, tokens_per_forward
 from llm.run import main
 from llm.setup import prepare
 from theory.cli import UserError
@@ -115,13 +115,13 @@ def test_parts_of_a_micro_batch_make_the_step_of_the_whole(
     scheduler: Scheduler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
-    forward = llm.objectives.response_logps
+    forward = llm.loss.objectives.response_logps
 
     def spy(model: Any, batch: Any) -> Any:
         seen.append(batch["input_ids"].numel())
         return forward(model, batch)
 
-    monkeypatch.setattr(llm.objectives, "response_logps", spy)
+    monkeypatch.setattr(llm.loss.objectives, "response_logps", spy)
     losses, moved, most = [], [], []
     for budget in (10_000, 60):
         seen.clear()

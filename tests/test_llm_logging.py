@@ -12,9 +12,9 @@ import torch
 from _tiny import eval_rows, make_policy, make_trainer, plain_sgd, short_run
 from _training import first_batch, loss_on
 
-from llm.callbacks import JsonLines
 from llm.run import main
-from llm.trainer import JointTrainer
+from llm.train.callbacks import JsonLines
+from llm.train.trainer import JointTrainer
 from theory.schedulers import Alternate, Importance, Maxright, Mix
 from theory.tasks import Task
 

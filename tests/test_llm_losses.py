@@ -1,4 +1,4 @@
-"""llm.losses against hand-computed values, closed forms, invariances and TRL."""
+"""llm.loss.losses against hand-computed values, closed forms, invariances and TRL."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm import losses
-from llm.collate import collate_preference, collate_sft
-from llm.data import encode_preference, encode_sft
-from llm.losses import (
+from llm.data.encode import encode_preference, encode_sft
+from llm.loss import losses
+from llm.loss.collate import collate_preference, collate_sft
+from llm.loss.losses import (
     LENGTH_NORMALISED_LOSS_TYPES,
     LOSS_TYPES,
     SMOOTHED_LOSS_TYPES,

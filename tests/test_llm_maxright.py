@@ -1,4 +1,4 @@
-"""MAXRIGHT in the trainer: its probes, and where its values come from (llm.values)."""
+"""MAXRIGHT in the trainer: its probes, and where its values come from (llm.train.values)."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from _tiny import (
 from _training import first_batch, loss_on
 from transformers import TrainerCallback
 
-from llm.config import parse
-from llm.trainer import JointTrainer
-from llm.values import set_aside, share_of_rank, split_values
+from llm.flags.parse import parse
+from llm.train.trainer import JointTrainer
+from llm.train.values import set_aside, share_of_rank, split_values
 from theory.cli import UserError
 from theory.schedulers import (
     Maxright,

@@ -1,4 +1,4 @@
-"""llm.objectives and llm.evaluate: sums that add up, values that no batching changes."""
+"""llm.loss.objectives and llm.loss.evaluate: sums that add up, values that no batching changes."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 import torch
 from _tiny import OBJECTIVES, PAD_ID, eval_rows, make_policy, train_rows
 
-from llm.collate import collate_preference, collate_sft
-from llm.evaluate import (
+from llm.loss.collate import collate_preference, collate_sft
+from llm.loss.evaluate import (
     by_length,
     evaluate_objective,
     evaluating,
@@ -20,10 +20,10 @@ from llm.evaluate import (
     row_length,
     with_reference_logps,
 )
-from llm.losses import LOSS_TYPES, dpo_loss, response_lengths, sft_loss, sft_sequence_loss
-from llm.losses import sequence_logps as sequence_logps_of
-from llm.losses import token_logps as token_logps_of
-from llm.objectives import DPOObjective, SFTObjective, pair_logps
+from llm.loss.losses import LOSS_TYPES, dpo_loss, response_lengths, sft_loss, sft_sequence_loss
+from llm.loss.losses import sequence_logps as sequence_logps_of
+from llm.loss.losses import token_logps as token_logps_of
+from llm.loss.objectives import DPOObjective, SFTObjective, pair_logps
 from theory.tasks import Task
 
 # Float32 sums of at most 17 rows: values of order 1 agree to a few of its 1.2e-7.

@@ -16,7 +16,7 @@ from _tiny import OBJECTIVES, PAD_ID, make_policy, short_run, train_rows
 
 import llm.optima
 import llm.single_runs
-from llm.config import RunConfig, parse
+from llm.flags.parse import RunConfig, parse
 from llm.optima import (
     FILE,
     Estimate,
@@ -28,10 +28,10 @@ from llm.optima import (
 )
 from llm.setup import Setup, prepare
 from llm.single_runs import SingleRun, gradient_norm
-from theory.bounds import wrong_optimum_bias
 from theory.cli import UserError
 from theory.schedulers import Single
 from theory.tasks import Task
+from theory.theorems.bounds import wrong_optimum_bias
 
 pytestmark = pytest.mark.usefixtures("short_base_training")
 

@@ -13,8 +13,9 @@ from _tiny import TOKENIZER, make_policy
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
-from llm import embedded, export
-from llm.losses import sequence_logps
+from llm import export
+from llm.data import embedded
+from llm.loss.losses import sequence_logps
 from llm.run import main
 
 pytestmark = [

@@ -1,4 +1,4 @@
-"""llm.packing, llm.attention, llm.forward: a packed batch is worth what its rows are alone."""
+"""llm.loss (packing, attention, forward): a packed batch is worth what its rows are alone."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from transformers import (
     Gemma2Config,
 )
 
-from llm import attention, forward
-from llm.attention import PACKED, packed_attention, varlen_attention
-from llm.collate import collate_preference, collate_sft
-from llm.forward import packing_problem, response_logps
-from llm.objectives import DPOObjective, SFTObjective
-from llm.packing import PackingPlan, pack_preference, pack_sft
+from llm.loss import attention, forward
+from llm.loss.attention import PACKED, packed_attention, varlen_attention
+from llm.loss.collate import collate_preference, collate_sft
+from llm.loss.forward import packing_problem, response_logps
+from llm.loss.objectives import DPOObjective, SFTObjective
+from llm.loss.packing import PackingPlan, pack_preference, pack_sft
 
 
 @pytest.mark.parametrize("chunk_rows", [None, 5])

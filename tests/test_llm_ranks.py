@@ -21,10 +21,10 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from transformers import AutoModelForCausalLM
 
-from llm.checkpoints import damage
-from llm.config import parse
-from llm.evaluate import evaluate_objective
-from llm.trainer import JointTrainer
+from llm.flags.parse import parse
+from llm.loss.evaluate import evaluate_objective
+from llm.train.checkpoints import damage
+from llm.train.trainer import JointTrainer
 from theory.cli import UserError
 from theory.tasks import Task
 

@@ -1,4 +1,4 @@
-"""llm.reference: which model the reference is, and that what is kept on disk can be relied on."""
+"""llm.model.reference: which model it is, and that what is kept on disk can be relied on."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from _tiny import PAD_ID, make_policy
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-import llm.models
-import llm.reference
-from llm import embedded
-from llm.config import parse
-from llm.data import Encoded
-from llm.evaluate import evaluate_objective, with_reference_logps
-from llm.reference import KEYS, weights_digest
+import llm.model.load
+import llm.model.reference
+from llm.data import embedded
+from llm.data.encode import Encoded
+from llm.flags.parse import parse
+from llm.loss.evaluate import evaluate_objective, with_reference_logps
+from llm.model.reference import KEYS, weights_digest
 from llm.setup import Setup, prepare
 from theory.cli import UserError
 from theory.tasks import Task
@@ -237,9 +237,9 @@ def test_ranks_share_the_rows_and_all_get_all_values(
             **{"process_index": rank, "world_size": ranks, "fp16": False, "bf16": False},
             **{"device": torch.device("cpu"), "per_device_eval_batch_size": 4},
         )
-        monkeypatch.setattr(llm.reference, "gather_object", gather)
+        monkeypatch.setattr(llm.model.reference, "gather_object", gather)
         shared = replace(config, training=training)
-        return llm.reference._compute(shared, model, rows, PAD_ID, True)
+        return llm.model.reference._compute(shared, model, rows, PAD_ID, True)
 
     values = [computed(rank) for rank in range(ranks)]
     assert max(map(len, parts.values())) - min(map(len, parts.values())) <= 1
@@ -334,13 +334,13 @@ def test_a_base_without_an_adapter_is_refused(start: Any) -> None:
 
 def count_loads(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     loaded: list[Any] = []
-    load = llm.models.AutoModelForCausalLM.from_pretrained
+    load = llm.model.load.AutoModelForCausalLM.from_pretrained
 
     def recorded(name: Any, **options: Any) -> Any:
         loaded.append(name)
         return load(name, **options)
 
-    monkeypatch.setattr(llm.models.AutoModelForCausalLM, "from_pretrained", recorded)
+    monkeypatch.setattr(llm.model.load.AutoModelForCausalLM, "from_pretrained", recorded)
     return loaded
 
 

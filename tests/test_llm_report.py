@@ -16,18 +16,17 @@ import pytest
 from _text import write_jsonl
 from _tiny import TOKENIZER, make_policy, short_run
 
-from llm import embedded
 from llm.compare.__main__ import main as compare
-from llm.config import parse
-from llm.pretrain.__main__ import main as pretrain
+from llm.data import embedded
+from llm.flags.parse import parse
 from llm.report.__main__ import FILE, main, report
 from llm.report.command import SET_BY_THE_MACHINE, command
+from llm.report.figures import curve, decisions_figure, dpo_shares, losses_figure, window_means
 from llm.report.page import Html, figure, markdown, table, text
 from llm.report.record import read_run
 from llm.run import CONFIG_FILE, NOT_PART_OF_A_RUN
 from llm.run import main as run
 from theory.cli import UserError
-from theory.plotting.run import curve, decisions_figure, dpo_shares, losses_figure, window_means
 
 VOID = {"meta", "link", "br", "img", "hr"}
 NASTY = "<script>alert('x')</script> & \"quoted\""
@@ -92,18 +91,17 @@ def assert_self_contained(source: str, page: Page) -> None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Finished runs of several kinds, the same one as if killed, and a pretraining."""
+    """Finished runs of several kinds, the same one as if killed."""
     root = tmp_path_factory.mktemp("runs")
     (root / "optima.json").write_text('{"dpo": 0.3, "sft": 0.1}')
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("llm.embedded.BASE_STEPS", 4)
+        patch.setattr("llm.data.embedded.BASE_STEPS", 4)
         patch.setattr("datasets.config.HF_DATASETS_CACHE", root / "cache")
         optima = ("--optima", str(root / "optima.json"))
         flags = (*optima, "--refresh_every", "3", "--save_strategy", "steps", "--save_steps", "4")
         run(short_run(root / "maxright", "--algo", "maxright", *flags))
         run(short_run(root / "sequential", "--algo", "sequential", "--optima", "none"))
         _own_data(root)
-        pretrain(_pretraining(root / "pretrained"))
     killed = shutil.copytree(root / "maxright", root / "killed")
     for name in ("joint_summary.json", "schedule.json", "README.md"):
         (killed / name).unlink()
@@ -136,14 +134,7 @@ def _own_data(root: Path) -> None:
     run([*flags, "--save_strategy", "no", "--output_dir", str(root / "own")])
 
 
-def _pretraining(out: Path) -> list[str]:
-    return [
-        *("--output_dir", str(out), "--max_steps", "4", "--max_train_rows", "20"),
-        *("--max_eval_rows", "8", "--use_cpu", "true", "--disable_tqdm", "true"),
-    ]
-
-
-@pytest.mark.parametrize("name", ["maxright", "sequential", "own", "killed", "pretrained"])
+@pytest.mark.parametrize("name", ["maxright", "sequential", "own", "killed"])
 def test_the_page_is_whole_and_needs_nothing_else(name: str, runs: dict[str, Path]) -> None:
     source = report(runs[name])
     assert source.startswith("<!DOCTYPE html>")
@@ -227,16 +218,6 @@ def test_the_shown_command_means_the_same_run(name: str, runs: dict[str, Path]) 
     assert again.data.sft_dataset == record.config["data"]["sft_dataset"]
 
 
-def test_the_shown_command_of_a_pretraining_repeats_it(runs: dict[str, Path]) -> None:
-    words = shlex.split(command(read_run(runs["pretrained"])).replace("\\\n", " "))
-    before = json.loads((runs["pretrained"] / CONFIG_FILE).read_text())
-    # The same settings are accepted into the same directory, other ones would be refused.
-    again = ["--output_dir", str(runs["pretrained"]), "--use_cpu", "true", "--disable_tqdm", "true"]
-    pretrain([*words[3:], *again])
-    assert json.loads((runs["pretrained"] / CONFIG_FILE).read_text()) == before
-    assert words[:3] == ["python", "-m", "llm.pretrain"]
-
-
 # -------------------------------------------------------------------------------------- comparisons
 
 
@@ -245,7 +226,7 @@ def comparison(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A comparison of one algorithm and one seed: its intervals have no ends."""
     out = tmp_path_factory.mktemp("comparison") / "compared"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("llm.embedded.BASE_STEPS", 4)
+        patch.setattr("llm.data.embedded.BASE_STEPS", 4)
         flags = ["--algos", "alright", "mix", "--lams", "0.5", "--seeds", "1", "--jobs", "1"]
         flags += ["--learning_rates", "1e-3", "--max_steps", "4", "--eval_steps", "2"]
         flags += ["--max_train_rows", "40", "--max_eval_rows", "12", "--use_cpu", "true"]

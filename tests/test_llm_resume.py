@@ -29,7 +29,7 @@ from _tiny import (
 )
 from safetensors.torch import load_file
 
-from llm.trainer import STATE_KEY
+from llm.train.trainer import STATE_KEY
 from theory.cli import UserError
 from theory.schedulers import (
     REGISTRY,

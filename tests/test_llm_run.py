@@ -15,9 +15,9 @@ from _tiny import TOKENIZER, make_policy, short_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llm.run
-from llm import embedded
-from llm.config import parse
-from llm.evaluate import evaluate_objective
+from llm.data import embedded
+from llm.flags.parse import parse
+from llm.loss.evaluate import evaluate_objective
 from llm.run import main
 from llm.setup import Setup, prepare
 from theory.cli import run_command

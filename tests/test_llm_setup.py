@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 from _text import write_jsonl
 
-import llm.flag_checks
-from llm import embedded, preview
-from llm.checks import LEAKED
-from llm.config import parse
+import llm.flags.checks
+from llm import preview
+from llm.data import embedded
+from llm.data.checks import LEAKED
+from llm.flags.parse import parse
 from llm.setup import prepare, read_data
 from theory.cli import UserError
 from theory.tasks import Task
@@ -237,7 +238,7 @@ def test_flags_of_the_reference_need_preferences(flag: str, own: Own) -> None:
 def test_a_missing_library_is_named_before_anything_is_opened(
     own: Own, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(llm.flag_checks, "find_spec", lambda name: None)
+    monkeypatch.setattr(llm.flags.checks, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"needs bitsandbytes: pip install 'joint-sft-dpo\[qlora"):
         parse(own("--use_peft", "true", "--load_in_4bit", "true"))
 

@@ -1,4 +1,4 @@
-"""llm.steps: a sequential run is two runs in one."""
+"""llm.train.steps: a sequential run is two runs in one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""llm.streams: every pass a permutation, no state but one integer, ranks share the global batch."""
+"""llm.train.streams: passes are permutations, one integer of state, ranks share the batch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm.streams import SampleStream, permutation
+from llm.train.streams import SampleStream, permutation
 from theory.tasks import Task
 
 tasks = st.sampled_from(list(Task))

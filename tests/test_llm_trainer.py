@@ -1,4 +1,4 @@
-"""llm.trainer: decisions, draws, evaluation, and losses that are not numbers."""
+"""llm.train.trainer: decisions, draws, evaluation, and losses that are not numbers."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from _tiny import (
 )
 from _training import SCHEDULERS, own_decisions
 
-from llm.objectives import Row
-from llm.streams import open_streams, steps_per_epoch
+from llm.loss.objectives import Row
+from llm.train.streams import open_streams, steps_per_epoch
 from theory.cli import UserError
 from theory.schedulers import (
     REGISTRY,

@@ -11,15 +11,15 @@ from hypothesis.extra import numpy as hnp
 
 from theory.metrics import ideal_distance
 from theory.optima import TOLERANCE, ProblemOptima
-from theory.pareto import (
+from theory.problems import PROBLEMS, make_problem
+from theory.schedulers import objective_weights
+from theory.theorems.pareto import (
     Front,
     hypervolume,
     least_ideal_distance,
     nondominated,
     pareto_front,
 )
-from theory.problems import PROBLEMS, make_problem
-from theory.schedulers import objective_weights
 
 GRID = 12
 POINTS = hnp.arrays(

@@ -14,7 +14,6 @@ import pytest
 
 from theory.costs import Costs
 from theory.optima import TOLERANCE, ProblemOptima
-from theory.pareto import hypervolume
 from theory.pareto_experiment import batches, main, parse, run_experiment
 from theory.pareto_summary import LINES, PLANE, ParetoConfig, plane_paths, reference
 from theory.problems import make_problem
@@ -22,6 +21,7 @@ from theory.records import read_json
 from theory.schedulers import ORDERS
 from theory.simulate import ITERATES
 from theory.sweep import Batch
+from theory.theorems.pareto import hypervolume
 
 PROBLEMS = ("bernoulli", "toy2d")
 LAMS = (0.25, 0.5)

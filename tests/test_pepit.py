@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from theory import bounds
-from theory.bounds import Descent
 from theory.simulate import StepSize
+from theory.theorems import bounds
+from theory.theorems.bounds import Descent
 
 PEPit = pytest.importorskip("PEPit")
 functions = pytest.importorskip("PEPit.functions")

@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from theory.plotting import compare as plotting
+from llm.compare import figures as plotting
 from theory.plotting.style import COLOURS, LABELS
 from theory.schedulers import ORDERS
 

@@ -8,18 +8,18 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from theory import bounds
 from theory.convergence_experiment import methods
 from theory.optima import ProblemOptima
 from theory.problems import PROBLEMS, make_problem
-from theory.rate_bounds import (
+from theory.simulate import ITERATES, StepSize
+from theory.theorems import bounds
+from theory.theorems.rate_bounds import (
     bound_curve,
     choice_noise,
     choice_noise_on_ball,
     loss_spread,
     staleness,
 )
-from theory.simulate import ITERATES, StepSize
 
 STEPS = np.array([10, 100, 1000])
 TOY = ProblemOptima(make_problem("toy2d"))

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from theory import records
 from theory.records import (
     digest,
-    digest_of_files,
+    digest_of_code,
     read_json,
     save_figure,
     write_json,
@@ -54,16 +54,22 @@ def test_a_digest_depends_on_the_values_and_not_on_their_order(data: dict[str, A
     assert digest({**data, "one more": 1}) != digest(data)
 
 
-def test_a_digest_of_files_depends_on_their_bytes_and_not_on_the_order_given(
-    tmp_path: Path,
+def test_a_digest_of_code_covers_modules_and_whole_packages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    paths = [tmp_path / name for name in ("a.py", "b.py")]
-    for path in paths:
-        path.write_text(path.name)
-    before = digest_of_files(paths)
-    assert digest_of_files(reversed(paths)) == before
-    paths[1].write_text("other")
-    assert digest_of_files(paths) != before
+    monkeypatch.setattr(records, "ROOT", tmp_path)
+    for name in ("room/a.py", "room/deep/b.py", "alone.py", "other.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    before = digest_of_code("room", "alone")
+    (tmp_path / "other.py").write_text("does not count")
+    assert digest_of_code("room", "alone") == before
+    for name in ("room/a.py", "room/deep/b.py", "alone.py"):
+        (tmp_path / name).write_text("changed")
+        assert digest_of_code("room", "alone") != before
+        (tmp_path / name).write_text(name)
+    with pytest.raises(ValueError, match=r"no source of room\.gone"):
+        digest_of_code("room", "room.gone")
 
 
 def test_a_digest_names_the_same_value_in_every_release() -> None:

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from theory.beyond.switches import Switches, drift_gap, t7_bound
-from theory.bounds import cycle_average, descent
 from theory.optima import ProblemOptima
 from theory.problems import make_problem, quadratic
 from theory.schedulers import Alternate, Sequential
 from theory.simulate import StepSize, simulate
 from theory.sweep import run_sweep
+from theory.theorems.bounds import cycle_average, descent
 
 PROBLEM = make_problem("toy2d")
 

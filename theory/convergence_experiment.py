@@ -34,7 +34,6 @@ from theory.metrics import mean_interval, sequential_limit
 from theory.optima import TOLERANCE, ProblemOptima
 from theory.plotting import convergence as plotting
 from theory.problems import PROBLEMS, make_problem
-from theory.rate_bounds import bound_curve
 from theory.rates import fit_slope, slope_interval
 from theory.records import save_figure, write_json, write_parquet
 from theory.schedulers import ORDERS
@@ -50,6 +49,7 @@ from theory.sweep import (
     run_sweep,
     summarise,
 )
+from theory.theorems.rate_bounds import bound_curve
 
 EMA_WEIGHT = 0.02
 

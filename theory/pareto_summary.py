@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from theory.costs import Costs, cost_per_step
 from theory.metrics import Interval, mean_interval, optimality_gaps
 from theory.optima import ProblemOptima
-from theory.pareto import Front, hypervolume, least_ideal_distance, pareto_front
 from theory.plotting.style import middle
 from theory.problems import PROBLEMS, make_problem
 from theory.schedulers import ORDERS, make_scheduler
 from theory.simulate import ITERATES, StepSize, log_spaced_steps, simulate
 from theory.sweep import COUNTS
+from theory.theorems.pareto import Front, hypervolume, least_ideal_distance, pareto_front
 
 JOINT = ("mix", "alright", "maxright")
 LINES = (*ORDERS, *JOINT)

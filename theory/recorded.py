@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 from theory.gap_experiment import EVEN_SPLIT
 from theory.metrics import Interval
 from theory.optima import ProblemOptima
-from theory.pareto import Front, pareto_front
 from theory.pareto_summary import PLANE
 from theory.plotting.style import middle, short_name
 from theory.problems import make_problem
 from theory.records import read_json
 from theory.schedulers import ORDERS
+from theory.theorems.pareto import Front, pareto_front
 
 PLANE_FRONT = 41
 """Points of the curve of minimisers in the plane; it is smooth."""

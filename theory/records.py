@@ -6,13 +6,16 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import pandas as pd
+
+ROOT = Path(__file__).parents[1]
+"""Where the packages lie."""
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -34,11 +37,20 @@ def digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def digest_of_files(paths: Iterable[Path]) -> str:
-    """sha256 (hex) of the bytes of the files, in the order of their names."""
+def digest_of_code(*modules: str) -> str:
+    """sha256 (hex) of the source of modules and of all in packages, such as "llm.loss".
+
+    What is kept by it is never taken for the result of other code. A module that is not there is
+    a ValueError: a room that moved must not silently stop counting.
+    """
     whole = hashlib.sha256()
-    for path in sorted(paths):
-        whole.update(path.read_bytes())
+    for module in modules:
+        place = ROOT.joinpath(*module.split("."))
+        paths = sorted(place.rglob("*.py")) or [place.with_suffix(".py")]
+        if not paths[0].is_file():
+            raise ValueError(f"no source of {module} below {ROOT}")
+        for path in paths:
+            whole.update(path.read_bytes())
     return whole.hexdigest()
 
 

@@ -27,7 +27,7 @@ from theory.metrics import convex_metrics, t_interval
 from theory.optima import ProblemOptima
 from theory.optimizers import Rule
 from theory.problems import make_problem
-from theory.records import digest, digest_of_files, write_parquet
+from theory.records import digest, digest_of_code, write_parquet
 from theory.schedulers import Scheduler, make_scheduler, scheduler_options
 from theory.simulate import ITERATES, StepSize, Trace, simulate
 from theory.tasks import Task
@@ -151,7 +151,7 @@ class Batch:
 @cache
 def _code_digest() -> str:
     """Identifies this version of the package: parts of another one are not taken for results."""
-    return digest_of_files(Path(__file__).parent.rglob("*.py"))
+    return digest_of_code("theory")
 
 
 def _counts(trace: Trace, chosen: list[int]) -> Iterator[NDArray[np.int64]]:

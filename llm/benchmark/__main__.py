@@ -27,6 +27,7 @@ from typing import Any
 
 from llm.benchmark.config import PROG, BenchmarkConfig, parse
 from llm.benchmark.device import describe, find_device, peak_tflops
+from llm.benchmark.figures import benchmark_figure
 from llm.benchmark.goodput import Work
 from llm.benchmark.plan import GROUPS, batches_of, contenders_of, make_job
 from llm.benchmark.pool import measure
@@ -34,9 +35,8 @@ from llm.benchmark.report import table
 from llm.benchmark.rows import describe_rows, equal_rows, make_rows
 from llm.benchmark.shapes import SHAPES
 from llm.benchmark.summary import summarise_group, throughput
-from llm.objectives import Row
+from llm.loss.objectives import Row
 from theory.cli import check_output_dir, run_command
-from theory.plotting.llm_benchmark import benchmark_figure
 from theory.records import save_figure, write_json, write_text
 from theory.tasks import Task
 

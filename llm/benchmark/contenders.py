@@ -16,10 +16,10 @@ from llm.benchmark.device import now
 from llm.benchmark.paper_way import PaperTrainer, second_copy
 from llm.benchmark.plan import Job
 from llm.benchmark.shapes import EOS, SHAPES, Batches, Shape, build_model, with_adapters
-from llm.collate import collate_sft
-from llm.evaluate import with_reference_logps
-from llm.objectives import DPOObjective, LanguageObjective, Row, SFTObjective
-from llm.trainer import JointTrainer
+from llm.loss.collate import collate_sft
+from llm.loss.evaluate import with_reference_logps
+from llm.loss.objectives import DPOObjective, LanguageObjective, Row, SFTObjective
+from llm.train.trainer import JointTrainer
 from theory.schedulers import (
     Alright,
     Maxright,
@@ -132,7 +132,7 @@ def tokenizer_for(shape: Shape) -> PreTrainedTokenizerFast:
 
 
 def compact(rows: list[Row]) -> list[Row]:
-    """As `llm.data` holds them: ids in arrays."""
+    """As `llm.data.encode` holds them: ids in arrays."""
     return [{key: array("i", ids) for key, ids in row.items()} for row in rows]
 
 

@@ -24,8 +24,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from llm.benchmark.shapes import Shape
-from llm.forward import last_layer
-from llm.objectives import Row
+from llm.loss.forward import last_layer
+from llm.loss.objectives import Row
 
 
 @dataclass(frozen=True)

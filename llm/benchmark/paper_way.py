@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer
 
-from llm.collate import collate_preference, collate_sft
-from llm.losses import IGNORE_INDEX
-from llm.objectives import Batch, Row, move
-from llm.streams import SampleStream
+from llm.loss.collate import collate_preference, collate_sft
+from llm.loss.losses import IGNORE_INDEX
+from llm.loss.objectives import Batch, Row, move
+from llm.train.streams import SampleStream
 from theory.schedulers import Scheduler
 from theory.tasks import Task
 

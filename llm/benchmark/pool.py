@@ -18,7 +18,7 @@ from dataclasses import asdict
 from typing import Any
 
 from llm.benchmark.plan import Job
-from llm.objectives import Row
+from llm.loss.objectives import Row
 from theory.tasks import Task
 
 Record = dict[str, Any]

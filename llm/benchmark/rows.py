@@ -10,9 +10,9 @@ import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from llm.benchmark.shapes import EOS, SEED, Shape
-from llm.data import encode_preference, encode_sft
-from llm.formats import load_rows
-from llm.objectives import Row
+from llm.data.encode import encode_preference, encode_sft
+from llm.data.formats import load_rows
+from llm.loss.objectives import Row
 from theory.cli import UserError
 from theory.tasks import Task
 

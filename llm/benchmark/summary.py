@@ -21,7 +21,7 @@ from llm.benchmark.plan import (
 from llm.benchmark.pool import Record
 from llm.benchmark.rows import tokens_of
 from llm.benchmark.shapes import Batches, Shape
-from llm.objectives import Row
+from llm.loss.objectives import Row
 from theory.costs import Costs, cost_per_step
 from theory.metrics import mean_interval
 from theory.tasks import Task

@@ -27,8 +27,8 @@ from llm.benchmark.contenders import (
 from llm.benchmark.paper_way import second_copy
 from llm.benchmark.plan import Job
 from llm.benchmark.shapes import build_model
-from llm.losses import IGNORE_INDEX
-from llm.objectives import Row
+from llm.loss.losses import IGNORE_INDEX
+from llm.loss.objectives import Row
 from theory.tasks import Task
 
 

@@ -33,6 +33,7 @@ import pandas as pd
 import torch
 from transformers.utils.logging import disable_progress_bar
 
+from llm.compare.figures import compute_figure, gaps_figure, paths_figure
 from llm.compare.plan import Experiment, run_experiment
 from llm.compare.pool import Pool
 from llm.compare.results import comparison_table, paths_table, tuning_table
@@ -42,7 +43,6 @@ from llm.compare.table import markdown, report
 from llm.compare.workers import Workers
 from llm.setup import prepare
 from theory.cli import check_output_dir, run_command
-from theory.plotting.compare import compute_figure, gaps_figure, paths_figure
 from theory.records import save_figure, write_file, write_json, write_parquet, write_text
 
 

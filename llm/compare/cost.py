@@ -14,11 +14,11 @@ from statistics import fmean
 from typing import Any
 
 from llm.compare.runs import Record
-from llm.config import RunConfig
-from llm.flag_checks import is_adapter
-from llm.packing import row_tokens
+from llm.flags.checks import is_adapter
+from llm.flags.parse import RunConfig
+from llm.loss.packing import row_tokens
 from llm.setup import Setup
-from llm.values import DEFAULT_ROWS
+from llm.train.values import DEFAULT_ROWS
 from theory.costs import Costs
 from theory.tasks import Task
 

@@ -9,10 +9,10 @@ from itertools import product
 from statistics import fmean
 from typing import Protocol
 
-from llm.checks import LEAKED
 from llm.compare.cost import CostModel, measured_costs
 from llm.compare.runs import Record, Run, line_run
 from llm.compare.settings import EVEN, CompareConfig
+from llm.data.checks import LEAKED
 from llm.optima import Optimum, find_optimum
 from llm.setup import Setup, total_steps
 from theory.cli import UserError

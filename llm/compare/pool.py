@@ -17,18 +17,21 @@ from tqdm import tqdm
 from llm.compare.runs import Record, Run
 from llm.compare.settings import RUNS, CompareConfig
 from llm.compare.workers import Job, Workers, with_flags
-from llm.config import RunConfig
-from llm.identity import OPTIMISER_SETTINGS, settings
+from llm.flags.parse import RunConfig
 from llm.setup import Setup
 from llm.single_runs import EVALUATION_SETTINGS, STEP_SETTINGS, problem
-from theory.records import digest, digest_of_files, read_json, write_json
+from llm.train.identity import OPTIMISER_SETTINGS, settings
+from theory.records import digest, digest_of_code, read_json, write_json
 from theory.tasks import Task
 
 RESULT = "result.json"
 MAXRIGHT_SETTINGS = ("refresh_every", "scale_steps", "value_ema", "value_source", "value_rows")
 OWN_SETTINGS = {"learning_rate", "seed", "data_seed"}
 """Settings that a `Run` holds."""
-CODE = ("llm/*.py", "llm/compare/runs.py", "theory/schedulers.py", "theory/randomness.py")
+CODE = (
+    *("llm.data", "llm.loss", "llm.model", "llm.train", "llm.setup", "llm.single_runs"),
+    *("llm.compare.runs", "theory.schedulers", "theory.randomness"),
+)
 """What a result depends on: results of other code are not taken for results."""
 
 
@@ -100,5 +103,4 @@ def shared_fingerprint(config: RunConfig, setup: Setup) -> str:
 
 
 def code_digest() -> str:
-    root = Path(__file__).parents[2]
-    return digest_of_files(path for pattern in CODE for path in root.glob(pattern))
+    return digest_of_code(*CODE)

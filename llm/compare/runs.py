@@ -17,11 +17,11 @@ from transformers import (
     TrainingArguments,
 )
 
-from llm.config import RunConfig
+from llm.flags.parse import RunConfig
 from llm.optima import Optimum
 from llm.run import new_trainer
 from llm.setup import Setup
-from llm.trainer import JointTrainer
+from llm.train.trainer import JointTrainer
 from theory.cli import UserError
 from theory.records import digest
 from theory.schedulers import ORDERS, Sequential, scheduler_options

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from llm.config import RunConfig, named_flags, schedule_options
-from llm.config import parse as parse_run
+from llm.flags.parse import RunConfig, named_flags, schedule_options
+from llm.flags.parse import parse as parse_run
 from theory.cli import OneLineParser, UserError, positive_float, positive_int, unit_float
 from theory.schedulers import ORDERS
 from theory.tasks import Task

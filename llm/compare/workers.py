@@ -26,9 +26,9 @@ import transformers
 
 from llm.compare.runs import Record, Run, train
 from llm.compare.settings import CompareConfig, check_jobs
-from llm.config import RunConfig
-from llm.config import parse as parse_run
-from llm.models import load_policy, with_adapters
+from llm.flags.parse import RunConfig
+from llm.flags.parse import parse as parse_run
+from llm.model.load import load_policy, with_adapters
 from llm.setup import Setup
 from theory.cli import UserError
 from theory.records import write_file

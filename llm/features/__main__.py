@@ -22,16 +22,16 @@ from typing import Any
 
 import torch
 
-from llm.arguments import DataArguments, ModelArguments
-from llm.config import RunConfig, parse
 from llm.features.build import BASE_POLICIES, BuildOptions, build
 from llm.features.candidates import Extraction, Extractor
 from llm.features.conflict import measure, report, vary
-from llm.models import load_config
+from llm.features.figures import conflict_figure
+from llm.flags.arguments import DataArguments, ModelArguments
+from llm.flags.parse import RunConfig, parse
+from llm.model.load import load_config
 from llm.setup import prepare
 from theory.cli import OneLineParser, UserError, positive_int, run_command
 from theory.feature_file import SUFFIX
-from theory.plotting.features import conflict_figure
 from theory.problems import problem_from_features
 from theory.records import save_figure, write_json
 from theory.tasks import Task

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llm.features.pooling import Pooled, pool
-from llm.kl import sample_reference
-from llm.objectives import Row
+from llm.loss.objectives import Row
+from llm.model.samples import sample_reference
 from theory.tasks import Task
 
 LABELS = {Task.DPO: ("chosen_ids", "rejected_ids"), Task.SFT: ("completion_ids",)}

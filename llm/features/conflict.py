@@ -18,7 +18,6 @@ from tqdm.auto import tqdm
 
 from llm.features.build import BuildOptions, build
 from llm.features.candidates import Extraction
-from theory.bounds import crossing_lam, sequential_gap
 from theory.cli import UserError
 from theory.feature_file import FeatureFile
 from theory.metrics import sequential_limit
@@ -27,6 +26,7 @@ from theory.plotting.style import LABELS
 from theory.problems import problem_from_features
 from theory.schedulers import ORDERS
 from theory.tasks import Task
+from theory.theorems.bounds import crossing_lam, sequential_gap
 
 LAM = 0.5
 VARIED: dict[str, tuple[Any, ...]] = {

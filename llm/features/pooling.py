@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from llm.collate import collate_sft
-from llm.evaluate import by_length, device_of, evaluating, row_length
-from llm.forward import LOGITS_BYTES
-from llm.losses import IGNORE_INDEX, token_logps
-from llm.objectives import Row, move
+from llm.loss.collate import collate_sft
+from llm.loss.evaluate import by_length, device_of, evaluating, row_length
+from llm.loss.forward import LOGITS_BYTES
+from llm.loss.losses import IGNORE_INDEX, token_logps
+from llm.loss.objectives import Row, move
 from theory.cli import UserError
 
 Array = NDArray[np.float64]

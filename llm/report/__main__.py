@@ -44,7 +44,7 @@ def report(folder: Path, validation: Path | None = None) -> str:
     """The page for a directory, as one string of HTML.
 
     Args:
-        folder: what `llm.run`, `llm.pretrain` or `llm.compare` wrote into.
+        folder: what `llm.run` or `llm.compare` wrote into.
         validation: the findings of `llm.validate`; default `folder`/validation.json, if it exists.
 
     Raises:

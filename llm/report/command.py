@@ -9,9 +9,8 @@ from typing import Any
 
 import yaml
 
-from llm.arguments import DataArguments, ModelArguments
-from llm.config import TINY_RECIPE, JointArguments
-from llm.pretrain.settings import EMBEDDED_RECIPE, RECIPE
+from llm.flags.arguments import DataArguments, ModelArguments
+from llm.flags.parse import TINY_RECIPE, JointArguments
 from llm.report.record import RunRecord
 
 DICTS = {"lr_scheduler_kwargs"}
@@ -31,11 +30,7 @@ SET_BY_THE_MACHINE = {
 
 def command(record: RunRecord) -> str:
     """The recorded settings as a command line, without those that are the defaults."""
-    pretrains = "pretrain" in record.config
-    flags = [f"python -m llm.{'pretrain' if pretrains else 'run'}"]
-    if pretrains:
-        own = {**record.config["pretrain"]["size"], **record.config["pretrain"]}
-        flags += [_flag(n, value) for n, value in own.items() if n != "size" and value != []]
+    flags = ["python -m llm.run"]
     beneath = _recipe_keys(record)
     for part, kind in KINDS.items():
         values = record.config.get(part, {})
@@ -44,8 +39,7 @@ def command(record: RunRecord) -> str:
                 continue
             if _differs(values[name], default) or (name in beneath and values[name] is not None):
                 flags.append(_flag(name, values[name]))
-    hidden = ("--algo",) if pretrains else ()
-    return " \\\n    ".join(flag for flag in flags if flag.split()[0] not in hidden)
+    return " \\\n    ".join(flags)
 
 
 def _differs(value: Any, default: Any) -> bool:
@@ -57,13 +51,9 @@ def _differs(value: Any, default: Any) -> bool:
 
 def _recipe_keys(record: RunRecord) -> set[str]:
     """What a recipe sets unless a flag says otherwise: to be told even if it is a default."""
-    if "pretrain" in record.config:
-        recipes = [RECIPE] if record.config["pretrain"]["texts"] else [RECIPE, EMBEDDED_RECIPE]
-    else:
-        recipes = [TINY_RECIPE] if record.config["model"]["model_name_or_path"] is None else []
-    texts = (path.read_text(encoding="utf-8") for path in recipes)
-    keys = {key for text in texts for key in yaml.safe_load(text)}
-    return keys - SET_BY_THE_MACHINE
+    if record.config["model"]["model_name_or_path"] is not None:
+        return set()
+    return set(yaml.safe_load(TINY_RECIPE.read_text(encoding="utf-8"))) - SET_BY_THE_MACHINE
 
 
 def _flag(name: str, value: Any) -> str:

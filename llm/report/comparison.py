@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from llm.compare.figures import compute_figure, gaps_figure, paths_figure
 from llm.compare.pool import RESULT
 from llm.compare.settings import RUNS
 from llm.compare.table import TITLES
@@ -24,7 +25,6 @@ from llm.report.page import (
 )
 from llm.report.record import Data, read_object
 from theory.cli import UserError
-from theory.plotting.compare import compute_figure, gaps_figure, paths_figure
 from theory.plotting.style import LABELS
 from theory.records import read_json
 from theory.schedulers import ORDERS

@@ -1,4 +1,4 @@
-"""What a run of `llm.run` (or `llm.pretrain`) left on disk, finished or killed."""
+"""What a run of `llm.run` left on disk, finished or killed."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 
 from transformers.trainer import TRAINER_STATE_NAME
 
-from llm.checkpoints import list_checkpoints
-from llm.identity import STATE_KEY
 from llm.optima import FILE as OPTIMA_FILE
 from llm.run import CONFIG_FILE, METRICS_FILE, SCHEDULE_FILE, SUMMARY_FILE
+from llm.train.checkpoints import list_checkpoints
+from llm.train.identity import STATE_KEY
 from theory.cli import UserError
 from theory.records import read_json
 
@@ -38,7 +38,7 @@ class RunRecord:
 
     @property
     def algorithm(self) -> str:
-        return "pretrain" if "pretrain" in self.config else str(self.training["algo"])
+        return str(self.training["algo"])
 
     @property
     def last_step(self) -> int:

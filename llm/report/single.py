@@ -6,6 +6,15 @@ from collections.abc import Iterator
 from typing import Any
 
 from llm.report.command import command
+from llm.report.figures import (
+    TASKS,
+    UNITS,
+    curve,
+    decisions_figure,
+    losses_figure,
+    norms_figure,
+    time_figure,
+)
 from llm.report.page import (
     Html,
     bullets,
@@ -18,15 +27,6 @@ from llm.report.page import (
     table,
 )
 from llm.report.record import Data, RunRecord, sum_of_steps
-from theory.plotting.run import (
-    TASKS,
-    UNITS,
-    curve,
-    decisions_figure,
-    losses_figure,
-    norms_figure,
-    time_figure,
-)
 from theory.plotting.style import LABELS
 
 NAMES = LABELS | {
@@ -35,7 +35,6 @@ NAMES = LABELS | {
     "alternate": "alternation",
     "dpo": "DPO alone",
     "sft": "SFT alone",
-    "pretrain": "pretraining",
 }
 SHOUTED = {"dpo", "sft", "kl", "se"}
 
@@ -69,9 +68,6 @@ def body(record: RunRecord) -> Iterator[Html]:
 
 
 def _what(record: RunRecord) -> str:
-    if "pretrain" in record.config:
-        texts = ", ".join(record.config["pretrain"]["texts"]) or "generated texts"
-        return f"A language model was trained from scratch on {texts}."
     model = record.config["model"]["model_name_or_path"] or "The embedded tiny model"
     data = record.config["data"]
     embedded = record.config["model"]["model_name_or_path"] is None
@@ -153,8 +149,6 @@ def _value_rows(summary: Data) -> Iterator[tuple[Any, ...]]:
     ):
         if name in combined.get("after", {}):
             yield label, *(combined[moment].get(name) for moment in moments), None, None
-    if "perplexity" in summary:
-        yield "perplexity", *(summary["perplexity"][moment] for moment in moments), None, None
     for name, value in held_out["after"].items():
         if name not in ("dpo_loss", "sft_loss"):
             words = [word.upper() if word in SHOUTED else word for word in name.split("_")]
@@ -163,7 +157,7 @@ def _value_rows(summary: Data) -> Iterator[tuple[Any, ...]]:
 
 def _decisions(record: RunRecord) -> Iterator[Html]:
     state = record.state
-    if state is None or not state["decisions"] or "pretrain" in record.config:
+    if state is None or not state["decisions"]:
         return
     parts = []
     if len(state["steps_taken"]) > 1:
@@ -238,10 +232,6 @@ def _total(counts: dict[str, int]) -> int:
 def _source(record: RunRecord, name: str) -> str:
     """Where the rows called `sft train`, `dpo held-out`, ... come from."""
     task, part = name.split(maxsplit=1)
-    if "pretrain" in record.config:
-        own = record.config["pretrain"]
-        texts = (own.get("eval_texts") if part == "held-out" else None) or own["texts"]
-        return ", ".join(texts) or "generated"
     data = record.config["data"]
     source = data.get(f"{task}_dataset")
     if part == "held-out":

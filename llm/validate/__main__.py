@@ -30,13 +30,13 @@ import torch
 from llm.compare.__main__ import main as compare
 from llm.validate import clipping, lockout, switches, trade_off
 from llm.validate.bench import Bench
+from llm.validate.figures import validate_figure
 from llm.validate.predictions import comparison_quantities, lower_bounds, predict
 from llm.validate.quantities import Quantity
 from llm.validate.report import markdown, summary_lines
 from llm.validate.settings import PROG, ValidateConfig, parse
 from llm.validate.source import Comparison, read_comparison
 from theory.cli import check_output_dir, run_command
-from theory.plotting.validate import validate_figure
 from theory.records import save_figure, write_json, write_text
 
 Record = dict[str, Any]

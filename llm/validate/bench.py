@@ -18,7 +18,7 @@ from llm.compare.pool import Pool
 from llm.compare.runs import Run
 from llm.compare.settings import RUNS, default_jobs
 from llm.compare.workers import Workers
-from llm.models import load_policy
+from llm.model.load import load_policy
 from llm.setup import Setup, prepare
 from llm.validate.settings import ValidateConfig
 from llm.validate.source import Comparison

@@ -17,8 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llm.evaluate import by_length, device_of
-from llm.objectives import Batch, LanguageObjective, Row, move
+from llm.loss.evaluate import by_length, device_of
+from llm.loss.objectives import Batch, LanguageObjective, Row, move
 from llm.setup import Setup
 from llm.validate.lanczos import Product
 from theory.schedulers import objective_weights

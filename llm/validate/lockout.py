@@ -18,10 +18,10 @@ from typing import Any
 import pandas as pd
 
 from llm.compare.runs import Run
+from llm.train.values import DEFAULT_ROWS
 from llm.validate.bench import Bench
 from llm.validate.effective import paired, share_slopes, slopes
 from llm.validate.quantities import Quantity, above, hypothesis, measured, missing
-from llm.values import DEFAULT_ROWS
 from theory.predictions.paper_numbers import MAXRIGHT_SLOPE
 from theory.predictions.paper_numbers import SOURCE as PUBLISHED
 from theory.tasks import Task

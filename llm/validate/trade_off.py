@@ -34,11 +34,11 @@ from llm.validate.bench import Bench
 from llm.validate.curvature import Probe, probe_at
 from llm.validate.lanczos import Krylov, lanczos
 from llm.validate.quantities import Quantity, above, measured
-from theory.bounds import gap_from_gradient
 from theory.metrics import mean_interval, mix_value
 from theory.records import digest, read_json, write_json
 from theory.schedulers import ORDERS
 from theory.tasks import Task
+from theory.theorems.bounds import gap_from_gradient
 
 SOURCE = "curvature (T8)"
 LAM = 0.5

@@ -37,7 +37,6 @@ from scipy.optimize import root
 from scipy.special import expit
 
 from theory.beyond.base import Experiment, Numbers
-from theory.importance import enumerate_gradients, second_moment
 from theory.metrics import mean_interval
 from theory.objectives import LogisticDPO
 from theory.optima import ProblemOptima
@@ -48,6 +47,7 @@ from theory.schedulers import make_scheduler, objective_weights, scheduler_optio
 from theory.simulate import StepSize, simulate
 from theory.sweep import Batch, Variant
 from theory.tasks import Task
+from theory.theorems.importance import enumerate_gradients, second_moment
 
 Array = NDArray[np.float64]
 

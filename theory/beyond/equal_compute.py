@@ -1,7 +1,7 @@
 """ALRIGHT, its importance-sampled form and Mix at equal compute, against the predicted ratio.
 
 A budget of C buys C / cost steps, and E G_Mix of the uniform average is about merit / (2C), merit =
-cost * tr(H^-1 V) (`theory.importance`, costs of `theory.costs`). So the ratio of two methods' gaps
+cost * tr(H^-1 V) (`theorems.importance`, `theory.costs`). So the ratio of two methods' gaps
 at equal compute should be the ratio of their merits. The budget is what `num_steps` steps of Mix
 cost. The law is exact to leading order for quadratics; elsewhere third derivatives add a term of
 the same order where the noise is large (see `leading_order.uniform_average_gap`).
@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 
 from theory.beyond.base import Experiment, Numbers, final
 from theory.costs import Costs, cost_per_step
-from theory.importance import gradient_moments, optimal_probability
 from theory.metrics import Interval, mean_interval
 from theory.optima import ProblemOptima
 from theory.plotting import beyond as plotting
 from theory.problems import make_problem
 from theory.sweep import Batch, Variant
+from theory.theorems.importance import gradient_moments, optimal_probability
 
 Array = NDArray[np.float64]
 METHODS = ("mix", "alright", "importance")

@@ -3,7 +3,7 @@
 Block alternation with cycle length n (lam n DPO steps, then (1 - lam) n SFT steps) switches
 2T/n - 1 times in T steps: n = 2 alternates, n = T is sequential training. Two laws stand beside:
 
-bound (T7, `theory.bounds.cycle_average`): at the best constant step, the average of the cycles'
+bound (T7, `theorems.bounds.cycle_average`): at the best constant step, the average of the cycles'
 starts has E G_Mix <= D M_X sqrt(n / T). An upper bound, far above the smooth instances here.
 
 drift: while alpha n L is small, the iterates run to and fro along a segment u = alpha lam n g, with
@@ -28,7 +28,6 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from theory.beyond.base import Experiment, Numbers, final
-from theory.bounds import descent
 from theory.metrics import mean_interval, sequential_limit
 from theory.optima import ProblemOptima
 from theory.plotting import beyond as plotting
@@ -37,6 +36,7 @@ from theory.schedulers import ORDERS
 from theory.simulate import StepSize
 from theory.sweep import Batch, Variant
 from theory.tasks import Task
+from theory.theorems.bounds import descent
 
 ITERATES = ("last", "weighted")
 

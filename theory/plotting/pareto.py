@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from theory.metrics import mix_value
 from theory.optima import ProblemOptima
-from theory.pareto import Front
 from theory.plotting.style import COLOURS, LABELS, MARKERS, STYLE, short_name
 from theory.schedulers import ORDERS
+from theory.theorems.pareto import Front
 
 Numbers = list[dict[str, Any]]
 

@@ -1,0 +1,1 @@
+"""Files in, tokenised rows out: formats, templates, counts, and the offline corpus."""

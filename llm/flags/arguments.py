@@ -1,0 +1,257 @@
+"""The flags of `llm.run`: which model, which data, and how to train."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from llm.loss.packing import CPU_TOKENS
+from llm.train.clipping import CLIPPING
+from llm.train.values import DEFAULT_ROWS, SOURCES
+from theory.schedulers import ORDERS, REGISTRY
+from theory.tasks import Task
+
+DTYPES = ("float32", "bfloat16", "float16", "auto")
+
+
+@dataclass
+class ModelArguments:
+    """Which model to train, and the reference of DPO."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Hub id or directory. Default: the embedded tiny model."}
+    )
+    model_revision: str = field(default="main", metadata={"help": "Revision on the hub."})
+    dtype: str = field(
+        default="float32",
+        metadata={"help": f"Type of the weights: {', '.join(DTYPES)}.", "choices": list(DTYPES)},
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Attention of transformers: eager, sdpa, ..."}
+    )
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code from the hub."})
+    reference: str = field(
+        default="initial",
+        metadata={
+            "help": "Reference of DPO: 'initial' (the policy before training), 'base' (the model "
+            "under its LoRA adapter), or a hub id or directory, e.g. of an earlier run."
+        },
+    )
+    reference_revision: str = field(default="main", metadata={"help": "Its revision on the hub."})
+    use_peft: bool = field(
+        default=False,
+        metadata={"help": "Train LoRA adapters only. A model that is an adapter goes on as one."},
+    )
+    load_in_4bit: bool = field(
+        default=False, metadata={"help": "QLoRA: NF4 weights (bitsandbytes) under the adapters."}
+    )
+    lora_r: int = field(default=16, metadata={"help": "LoRA: rank."})
+    lora_alpha: int = field(default=32, metadata={"help": "LoRA: scale, as alpha / r."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "LoRA: dropout."})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "LoRA: which modules. Default: peft's for the model."}
+    )
+
+
+@dataclass
+class DataArguments:
+    """Which rows to train and evaluate on: local JSONL, JSON, Parquet or CSV files, or hub ids."""
+
+    sft_dataset: str | None = field(default=None, metadata={"help": "Demonstrations."})
+    dpo_dataset: str | None = field(default=None, metadata={"help": "Preferences."})
+    sft_eval_dataset: str | None = field(default=None, metadata={"help": "Held-out rows."})
+    dpo_eval_dataset: str | None = field(default=None, metadata={"help": "Held-out pairs."})
+    sft_dataset_config: str | None = field(
+        default=None, metadata={"help": "Which configuration of sft_dataset."}
+    )
+    dpo_dataset_config: str | None = field(
+        default=None, metadata={"help": "Which configuration of dpo_dataset."}
+    )
+    sft_train_split: str = field(
+        default="train", metadata={"help": "Split to train on, as in `datasets`: 'train[:90%%]'."}
+    )
+    dpo_train_split: str = field(default="train", metadata={"help": "The same, DPO."})
+    sft_eval_split: str | None = field(
+        default=None,
+        metadata={"help": "Split of sft_eval_dataset, or of sft_dataset without one, to hold out."},
+    )
+    dpo_eval_split: str | None = field(default=None, metadata={"help": "The same, DPO."})
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Read the first rows (max_train_rows) without downloading the rest."},
+    )
+    held_out: float = field(
+        default=0.05,
+        metadata={"help": "Share of the rows to hold out where no evaluation set is named."},
+    )
+    max_train_rows: int | None = field(
+        default=None, metadata={"help": "Read at most this many rows of each training set."}
+    )
+    sft_max_train_rows: int | None = field(default=None, metadata={"help": "The same, SFT only."})
+    dpo_max_train_rows: int | None = field(default=None, metadata={"help": "The same, DPO only."})
+    max_eval_rows: int | None = field(
+        default=None, metadata={"help": "Read at most this many rows of each evaluation set."}
+    )
+    max_length: int | None = field(
+        default=None, metadata={"help": "Tokens per sequence; default min(positions, 1024)."}
+    )
+    sft_max_length: int | None = field(default=None, metadata={"help": "max_length of SFT."})
+    dpo_max_length: int | None = field(default=None, metadata={"help": "max_length of DPO."})
+    truncation_mode: str = field(
+        default="keep_end",
+        metadata={
+            "help": "Cut the start of the prompt (keep_end) or the end of the whole (keep_start).",
+            "choices": ["keep_end", "keep_start"],
+        },
+    )
+    max_dropped_share: float = field(
+        default=0.1, metadata={"help": "Refuse a data set that loses more of its rows than this."}
+    )
+    max_truncated_share: float = field(
+        default=1.0, metadata={"help": "Refuse a data set with more truncated rows than this."}
+    )
+    max_leaked_share: float = field(
+        default=1.0,
+        metadata={"help": "Refuse held-out rows of which more than this are trained on as well."},
+    )
+    conflict: float = field(
+        default=1.0,
+        metadata={
+            "help": "Embedded corpus: how far preferences contradict demonstrations, 0 to 1."
+        },
+    )
+
+
+@dataclass
+class JointArguments(TrainingArguments):
+    """transformers' TrainingArguments and what joint training adds to them."""
+
+    algo: str = field(
+        default="alright",
+        metadata={"help": f"Which schedule: {', '.join(REGISTRY)}.", "choices": list(REGISTRY)},
+    )
+    lam: float | None = field(
+        default=None, metadata={"help": "Weight on DPO in [0, 1]: f = lam DPO + (1-lam) SFT. [0.5]"}
+    )
+    order: str | None = field(
+        default=None,
+        metadata={"help": f"sequential: {' or '.join(ORDERS)}. [sft_then_dpo]"},
+    )
+    split: float | None = field(
+        default=None, metadata={"help": "sequential: share of the steps in the first stage. [0.5]"}
+    )
+    refresh_every: int | None = field(
+        default=None, metadata={"help": "maxright: steps between two probes of both losses. [10]"}
+    )
+    scale_steps: bool | None = field(
+        default=None, metadata={"help": "maxright: scale the step by its weight. [false]"}
+    )
+    value_ema: float | None = field(
+        default=None, metadata={"help": "maxright: weight of a new loss against the old one. [1]"}
+    )
+    value_source: str | None = field(
+        default=None,
+        metadata={
+            "help": f"maxright: {' or '.join(SOURCES)}. Losses of the batches of the next "
+            "steps, or of rows set aside from the training sets, the same at every probe. [train]"
+        },
+    )
+    value_rows: int | None = field(
+        default=None,
+        metadata={
+            "help": "maxright: rows of each set that --value_source held_out takes. "
+            f"[{DEFAULT_ROWS}]"
+        },
+    )
+    dpo_probability: float | None = field(
+        default=None, metadata={"help": "importance: how often to draw DPO, in (0, 1). [0.5]"}
+    )
+    cycle: int | None = field(
+        default=None, metadata={"help": "alternate: steps of one round of both objectives. [2]"}
+    )
+    optima: str = field(
+        default="auto",
+        metadata={
+            "help": "Optimal losses for gaps and maxright: a file (optima.json), 'estimate' (train "
+            "on each objective alone first), 'none', or 'auto' (estimate if maxright or the "
+            "embedded default needs them)."
+        },
+    )
+    beta: float = field(default=0.1, metadata={"help": "Temperature of DPO."})
+    loss_type: str = field(
+        default="sigmoid", metadata={"help": "sigmoid, ipo, hinge, robust or sigmoid_norm."}
+    )
+    label_smoothing: float = field(
+        default=0.0, metadata={"help": "Assumed share of flipped preferences (sigmoid, robust)."}
+    )
+    clipping: str = field(
+        default="global",
+        metadata={
+            "help": "How --max_grad_norm acts: global (all steps by one factor, so that lam keeps "
+            "its meaning) or per_step (each by itself, as the paper's code does).",
+            "choices": list(CLIPPING),
+        },
+    )
+    kl_rows: int = field(
+        default=64,
+        metadata={"help": "Samples of the reference on which KL(reference || policy) is measured."},
+    )
+    sft_per_device_train_batch_size: int | None = field(
+        default=None, metadata={"help": "Rows per device and micro-batch of SFT."}
+    )
+    dpo_per_device_train_batch_size: int | None = field(
+        default=None, metadata={"help": "Pairs per device and micro-batch of DPO."}
+    )
+    packing: bool = field(
+        default=True,
+        metadata={
+            "help": "Batches without padding, each prompt once; no sample sees another. A model "
+            "that cannot take them gets padded ones."
+        },
+    )
+    max_tokens_per_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Fill a micro-batch with as many rows as fit into this many tokens, instead of "
+            "a number of rows. Needs packing."
+        },
+    )
+    max_tokens_per_forward: int | None = field(
+        default=None,
+        metadata={
+            "help": "Take the rows of a micro-batch through the model in parts of at most this "
+            "many tokens: less memory, the same gradient. One process, needs packing. "
+            f"[{CPU_TOKENS} on a CPU, else all at once]"
+        },
+    )
+    precompute_ref_log_probs: bool = field(
+        default=True,
+        metadata={"help": "Compute the reference's log-probabilities once, before training."},
+    )
+    reference_cache: str | None = field(
+        default=None,
+        metadata={"help": "Where to keep them, e.g. shared by runs. [OUTPUT_DIR/reference]"},
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Replace the results of another run in output_dir."}
+    )
+    force_resume: bool = field(
+        default=False,
+        metadata={"help": "Resume although the checkpoint belongs to a run with other settings."},
+    )
+    # Every step reaches every parameter; looking for those it does not reach costs time.
+    ddp_find_unused_parameters: bool | None = field(
+        default=False,
+        metadata={"help": "Data parallel: some parameters get no gradient (mixtures of experts)."},
+    )
+    # A loss that is not a number must be seen, not averaged away (and the filter costs a sync).
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN losses."})
+
+    def __post_init__(self) -> None:
+        self.output_dir = self.output_dir or f"runs/{self.algo}"
+        super().__post_init__()
+
+    def batch_size(self, task: Task) -> int:
+        own = getattr(self, f"{task.label}_per_device_train_batch_size")
+        return self.per_device_train_batch_size if own is None else own

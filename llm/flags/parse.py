@@ -1,0 +1,219 @@
+"""The command line of `llm.run`: transformers' own flags, TRL's names, and ours.
+
+Values come from, in rising order: the defaults below; the YAML file of `--config` (or, when no
+model is named, the embedded recipe `llm/recipes/tiny.yaml`); the command line. A flag, or a key of
+a --config file, that the chosen algorithm, loss or data does not use is refused, never ignored.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+from transformers.trainer_utils import SaveStrategy
+
+from llm.flags.arguments import DataArguments, JointArguments, ModelArguments
+from llm.flags.checks import check_batch_flags, check_data_flags, check_model_flags
+from llm.loss.losses import check_preference_options
+from llm.train.values import check_value_options
+from theory.cli import OneLineParser, UserError
+from theory.schedulers import make_scheduler, scheduler_options
+from theory.tasks import Task
+
+TINY_RECIPE = Path(__file__).parents[1] / "recipes" / "tiny.yaml"
+PROG = "python -m llm.run"
+SCHEDULE_FLAGS = {"lam": "lam", "refresh_every": "refresh_every", "scale_steps": "scale_steps"}
+SCHEDULE_FLAGS |= {"order": "order", "split": "first_steps", "optima": "optimum"}
+SCHEDULE_FLAGS |= {"dpo_probability": "dpo_probability", "cycle": "cycle", "value_ema": "value_ema"}
+SCHEDULE_FLAGS |= {"value_source": "value_ema", "value_rows": "value_ema"}
+"""Flag of the command line -> option of the schedulers that use it."""
+UNSUPPORTED_FLAGS = ("label_smoothing_factor", "auto_find_batch_size")
+"""Flags of TrainingArguments that this trainer would not obey."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One validated command line."""
+
+    model: ModelArguments
+    data: DataArguments
+    training: JointArguments
+
+    @property
+    def embedded(self) -> bool:
+        return self.model.model_name_or_path is None
+
+    @property
+    def output_dir(self) -> str:
+        return str(self.training.output_dir)
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        """The objectives that the algorithm trains on."""
+        if self.training.algo in (task.label for task in Task):
+            return (Task[self.training.algo.upper()],)
+        return tuple(Task)
+
+    def max_length(self, task: Task) -> int | None:
+        return self._own_or_common(task, "max_length")
+
+    def max_train_rows(self, task: Task) -> int | None:
+        return self._own_or_common(task, "max_train_rows")
+
+    def _own_or_common(self, task: Task, name: str) -> int | None:
+        own = getattr(self.data, f"{task.label}_{name}")
+        return getattr(self.data, name) if own is None else own
+
+
+def parse(argv: Sequence[str]) -> RunConfig:
+    """Read the command line (and its YAML file) into a validated configuration."""
+    parser = HfArgumentParser(
+        (ModelArguments, DataArguments, JointArguments),  # type: ignore[arg-type]
+        prog=PROG,
+        description="Train one language model on demonstrations and preferences at once.",
+        allow_abbrev=False,
+    )
+    parser.error = OneLineParser.error.__get__(parser)  # type: ignore[method-assign]
+    parser.add_argument("--config", help="YAML file with values for any of these flags.")
+    recipe = _recipe(argv)
+    known = {action.dest for action in parser._actions} - {"config", "help"}
+    defaults = as_flags(recipe, known)
+    model, data, training, rest = parser.parse_args_into_dataclasses(
+        [*defaults, *argv], look_for_args_file=False
+    )
+    del rest  # the namespace that holds --config
+    config = RunConfig(model, data, training)
+    _check(config, explicit=named_flags(argv if recipe == TINY_RECIPE else [*defaults, *argv]))
+    return config
+
+
+def named_flags(tokens: Sequence[str]) -> set[str]:
+    """The names of the flags among `tokens`; `--refresh-every` is `refresh_every`."""
+    return {t.split("=")[0][2:].replace("-", "_") for t in tokens if t.startswith("--")}
+
+
+def _recipe(argv: Sequence[str]) -> Path | None:
+    """The YAML file to start from: --config, or the embedded recipe if no model is named."""
+    for i, token in enumerate(argv):
+        if token == "--config" and i + 1 < len(argv):
+            return Path(argv[i + 1])
+        if token.startswith("--config="):
+            return Path(token.removeprefix("--config="))
+    return None if "model_name_or_path" in named_flags(argv) else TINY_RECIPE
+
+
+def as_flags(recipe: Path | None, known: set[str]) -> list[str]:
+    """A YAML mapping as command-line tokens, so that the same parser checks both."""
+    if recipe is None:
+        return []
+    try:
+        values = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {recipe}: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {recipe} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"--config {recipe} must hold a mapping of flags to values")
+    unknown = sorted(set(map(str, values)) - known)
+    if unknown:
+        raise UserError(f"--config {recipe} has unknown keys: {', '.join(unknown)}")
+    tokens: list[str] = []
+    for key, value in values.items():
+        if value is not None:
+            items = value if isinstance(value, list) else [value]
+            texts = (json.dumps(i) if isinstance(i, dict) else str(i) for i in items)
+            tokens += [f"--{key}", *texts]
+    return tokens
+
+
+def _check(config: RunConfig, explicit: set[str]) -> None:
+    """Everything that can be refused before a model or a data set is opened."""
+    training = config.training
+    used = scheduler_options(training.algo)
+    for flag, option in SCHEDULE_FLAGS.items():
+        if flag in explicit and option not in used and flag != "optima":
+            takes = [f for f, o in SCHEDULE_FLAGS.items() if o in used]
+            raise UserError(
+                f"--{flag} is not used by --algo {training.algo} "
+                f"(it takes: {', '.join(f'--{t}' for t in takes) or 'no schedule flags'})"
+            )
+    for name, value in (("split", training.split), ("conflict", config.data.conflict)):
+        if value is not None and not 0.0 <= value <= 1.0:
+            raise UserError(f"--{name} is {value}; it must lie in [0, 1]")
+    # The scheduler checks its own options; the optimum is known only later.
+    make_scheduler(training.algo, **schedule_options(training, 1, optimum=(0.0, 0.0)))
+    if training.force_resume and not training.resume_from_checkpoint:
+        raise UserError("--force_resume is not used without --resume_from_checkpoint")
+    if "clipping" in explicit and not training.max_grad_norm:
+        raise UserError("--clipping is not used with --max_grad_norm 0")
+    check_value_options(training.value_source, training.value_rows)
+    if training.kl_rows < 0:
+        raise UserError(f"--kl_rows is {training.kl_rows}; it must not be negative")
+    _check_launch(training)
+    for name in UNSUPPORTED_FLAGS:
+        if getattr(training, name):
+            raise UserError(f"--{name} is not supported by this trainer")
+    if training.load_best_model_at_end or training.save_strategy == SaveStrategy.BEST:
+        _check_best_metric(training)
+    check_batch_flags(config, explicit)
+    check_preference_options(training.loss_type, training.beta, training.label_smoothing)
+    if not training.precompute_ref_log_probs:
+        raise UserError(
+            "--precompute_ref_log_probs false: the reference is not held in memory while training; "
+            "its log-probabilities are computed once and cached"
+        )
+    check_data_flags(config, explicit)
+    check_model_flags(config, explicit)
+
+
+def _check_launch(training: JointArguments) -> None:
+    """What a launch may ask for and a scheduled step, or every rank's reference, forbids."""
+    if training.n_gpu > 1:
+        raise UserError(
+            "several GPUs in one process: use accelerate launch, one process per GPU, or choose "
+            "one with CUDA_VISIBLE_DEVICES"
+        )
+    if training.mixed_precision != "no" and not (training.bf16 or training.fp16):
+        raise UserError(
+            f"the launcher asks for mixed_precision {training.mixed_precision}: pass "
+            f"--{training.mixed_precision} true, so that the reference has the same precision"
+        )
+    flags = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")
+    if all(os.environ.get(flag, "false").lower() in ("true", "1") for flag in flags):
+        raise UserError(
+            "fsdp_cpu_ram_efficient_loading leaves the weights on one rank, and every rank "
+            "computes the reference before sharding: set it to false"
+        )
+
+
+def _check_best_metric(training: JointArguments) -> None:
+    name = (training.metric_for_best_model or "").removeprefix("eval_")
+    if name.split("_")[0] not in (task.label for task in Task):
+        raise UserError(
+            "the best model needs --metric_for_best_model dpo_loss, sft_loss or another metric of "
+            f"one objective; it is {training.metric_for_best_model}"
+        )
+
+
+def schedule_options(training: JointArguments, num_steps: int, **extra: Any) -> dict[str, Any]:
+    """The options of the chosen scheduler, defaults filled in."""
+    values = {
+        "lam": 0.5 if training.lam is None else training.lam,
+        "seed": training.seed,
+        "order": training.order or "sft_then_dpo",
+        "first_steps": round((0.5 if training.split is None else training.split) * num_steps),
+        "refresh_every": 10 if training.refresh_every is None else training.refresh_every,
+        "scale_steps": bool(training.scale_steps),
+        "value_ema": 1.0 if training.value_ema is None else training.value_ema,
+        "dpo_probability": 0.5 if training.dpo_probability is None else training.dpo_probability,
+        "cycle": 2 if training.cycle is None else training.cycle,
+        **extra,
+    }
+    used = scheduler_options(training.algo)
+    return {name: value for name, value in values.items() if name in used}

@@ -1,0 +1,1 @@
+"""The two objectives on a language model: rows to batches, batches to losses."""

@@ -1,0 +1,1 @@
+"""Policy and reference: loaded, adapted, and what the reference says of the rows."""

@@ -1,0 +1,205 @@
+"""How far the policy has moved from the reference: KL(ref || pi), in nats per sequence.
+
+Completions y ~ ref are drawn once, before training, and log ref(y|x) is kept. Then
+
+    KL(ref || pi) = E_{y ~ ref} [log ref(y|x) - log pi(y|x)]
+
+is estimated without bias at every evaluation by one forward pass of the policy, with no reference
+in memory. The other direction, KL(pi || ref), would need new samples from the policy, and the
+reference to score them, at every evaluation. This direction is large where the policy has lost what
+the reference does, that is, where it forgets.
+
+Responses are cut at `max_new_tokens`: it is the KL of the responses up to there, a lower bound of
+the whole (data processing). A response that ends contains its end-of-sequence token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from llm.data.encode import fingerprint_rows
+from llm.flags.parse import RunConfig
+from llm.loss.evaluate import by_length, device_of, evaluating
+from llm.loss.forward import response_logps
+from llm.loss.objectives import Row, SFTObjective, move
+from llm.model.reference import mixed_precision, reference_model
+from theory.records import digest, read_json, write_json
+
+FILE = "kl_samples.json"
+MOST_NEW_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class ReferenceSamples:
+    """Rows with `prompt_ids`, `completion_ids` (y ~ ref) and `ref_logps` = log ref(y|x)."""
+
+    rows: tuple[Row, ...]
+    packing: bool = True
+
+    def kl(self, model: torch.nn.Module, *, batch_size: int, pad_token_id: int) -> dict[str, float]:
+        """KL(ref || pi) of `model`, nats per sequence; `_se` its standard error; `_per_token`."""
+        logps = _score(model, self.rows, batch_size, pad_token_id, self.packing)
+        ratios = torch.tensor([row["ref_logps"] for row in self.rows]).double() - logps
+        tokens = sum(len(row["completion_ids"]) for row in self.rows)
+        values = {
+            "kl_reference": float(ratios.mean()),
+            "kl_reference_per_token": float(ratios.sum()) / tokens,
+        }
+        if len(ratios) > 1:
+            values["kl_reference_se"] = float(ratios.std(correction=1)) / math.sqrt(len(ratios))
+        return values
+
+
+def sample_reference(
+    reference: Any,
+    rows: Sequence[Row],
+    count: int,
+    *,
+    eos_token_id: int,
+    pad_token_id: int,
+    batch_size: int,
+    seed: int,
+    packing: bool = True,
+    max_new_tokens: int | None = None,
+) -> ReferenceSamples:
+    """Draw one completion for each of `count` prompts of `rows`, in turn, from the reference.
+
+    Temperature 1 and the whole distribution, whatever generation settings the model comes with.
+    The global random state is left as it was.
+
+    Args:
+        reference: a model of transformers (or peft) with `generate`.
+        rows: preference rows, best held-out ones; their prompts repeat if there are fewer.
+        max_new_tokens: default the longest response among the rows, at most 128.
+    """
+    longest = max(len(row[key]) for row in rows for key in ("chosen_ids", "rejected_ids"))
+    limit = max_new_tokens or min(longest, MOST_NEW_TOKENS)
+    positions = getattr(reference.config, "max_position_embeddings", None)
+    prompts = [rows[i % len(rows)]["prompt_ids"] for i in range(count)]
+    if positions is not None:
+        limit = max(1, min(limit, positions - max(map(len, prompts))))
+    samples: list[Row] = []
+    devices = [device_of(reference)] if device_of(reference).type == "cuda" else []
+    with evaluating(reference), torch.random.fork_rng(devices), _plain_generation(reference):
+        torch.manual_seed(seed)
+        for start in range(0, count, batch_size):
+            batch = prompts[start : start + batch_size]
+            completions = _complete(reference, batch, limit, eos_token_id, pad_token_id)
+            samples += [
+                {"prompt_ids": list(prompt), "completion_ids": completion}
+                for prompt, completion in zip(batch, completions, strict=True)
+            ]
+    logps = _score(reference, samples, batch_size, pad_token_id, packing).tolist()
+    scored = (row | {"ref_logps": value} for row, value in zip(samples, logps, strict=True))
+    return ReferenceSamples(tuple(scored), packing)
+
+
+def samples_of_run(
+    config: RunConfig,
+    policy: Any,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    say: Callable[[str], None],
+    *,
+    packing: bool = True,
+) -> ReferenceSamples | None:
+    """Samples of the reference of `config` on the prompts of `rows`; None with `--kl_rows 0`.
+
+    An earlier start of the same run has left them in the output directory: the same rows with the
+    same log-probabilities of the reference, the same options.
+    """
+    training = config.training
+    if training.kl_rows == 0:
+        return None
+    options: dict[str, Any] = {
+        "eos_token_id": int(tokenizer.eos_token_id),
+        "pad_token_id": int(tokenizer.pad_token_id),
+        "batch_size": training.per_device_eval_batch_size,
+        "seed": training.seed,
+        "packing": packing,
+    }
+    path, key = Path(config.output_dir) / FILE, _key(rows, training.kl_rows, options)
+    samples = _read(path, key, packing)
+    if samples is None:
+        say(f"drawing {training.kl_rows} responses from the reference, for the KL to it")
+        with reference_model(config, policy) as reference, mixed_precision(training):
+            reference.to(device=training.device)
+            samples = sample_reference(reference, rows, training.kl_rows, **options)
+        if training.process_index == 0:
+            write_json(path, {"key": key, "rows": list(samples.rows)})
+    return samples
+
+
+def _read(path: Path, key: str, packing: bool) -> ReferenceSamples | None:
+    try:
+        saved = read_json(path)
+        return ReferenceSamples(tuple(saved["rows"]), packing) if saved["key"] == key else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _key(rows: Sequence[Row], count: int, options: dict[str, Any]) -> str:
+    logps = [[row["ref_chosen_logps"], row["ref_rejected_logps"]] for row in rows]
+    return digest([fingerprint_rows(rows), logps, count, options])
+
+
+@torch.no_grad()
+def _score(
+    model: torch.nn.Module, rows: Sequence[Row], batch_size: int, pad_token_id: int, packing: bool
+) -> torch.Tensor:
+    """log pi(y|x) of each row, in the order of the rows: float64 on the host."""
+    objective, parts, order = SFTObjective(packing), [], []
+    with evaluating(model):
+        for chunk in by_length(range(len(rows)), rows, batch_size):
+            batch = objective.collate([rows[i] for i in chunk], pad_token_id)
+            parts.append(response_logps(model, move(batch, device_of(model))).sums())
+            order += list(chunk)
+    logps = torch.empty(len(rows), dtype=torch.float64)
+    logps[order] = torch.cat(parts).double().cpu()
+    return logps
+
+
+def _complete(
+    model: Any, prompts: Sequence[Sequence[int]], limit: int, eos_token_id: int, pad_token_id: int
+) -> list[list[int]]:
+    """One sample for each prompt, up to and with its end; prompts are padded on the left."""
+    width = max(map(len, prompts))
+    input_ids = torch.full((len(prompts), width), pad_token_id)
+    mask = torch.zeros_like(input_ids)
+    for i, prompt in enumerate(prompts):
+        input_ids[i, width - len(prompt) :] = torch.tensor(list(prompt))
+        mask[i, width - len(prompt) :] = 1
+    output = model.generate(
+        input_ids=input_ids.to(device_of(model)),
+        attention_mask=mask.to(device_of(model)),
+        do_sample=True,
+        top_k=0,
+        max_new_tokens=limit,
+        eos_token_id=eos_token_id,
+        pad_token_id=pad_token_id,
+    )
+    completions = output[:, width:].tolist()
+    return [_up_to(completion, eos_token_id) for completion in completions]
+
+
+def _up_to(tokens: list[int], end: int) -> list[int]:
+    return tokens[: tokens.index(end) + 1] if end in tokens else tokens
+
+
+@contextmanager
+def _plain_generation(model: Any) -> Iterator[None]:
+    """Without the temperature, penalties and cuts that a model brings for its users."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own

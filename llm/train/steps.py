@@ -1,0 +1,129 @@
+"""The optimiser step under a schedule: timed, metered and clipped, with stages that start anew."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import TrainingArguments
+
+from llm.train.checkpoints import SafeCheckpoints
+from llm.train.clipping import StepNorms
+from llm.train.clock import Clock
+from llm.train.learning_rate import staged_schedule
+from llm.train.meters import Meters
+from theory.cli import UserError
+from theory.schedulers import Mix, Scheduler, ScheduleState, Sequential, Single
+from theory.tasks import Task
+
+CLIPPED_ALIKE = (Single, Sequential, Mix)
+"""Schedules that have nothing to distort: `llm.train.clipping` says why."""
+
+
+class ScheduledSteps(SafeCheckpoints):
+    """A Trainer whose steps follow a schedule; a subclass decides, draws and computes the loss.
+
+    Before each step it sets `step_weights`, the weights (2,) of the objectives in it.
+    """
+
+    scheduler: Scheduler
+    schedule: ScheduleState
+    model: torch.nn.Module
+    optimizer: Any
+
+    def __init__(self, *, args: TrainingArguments, **options: Any) -> None:
+        super().__init__(args=args, **options)
+        self.clipping = str(getattr(args, "clipping", "global"))
+        self.clock, self.meters = Clock(args.device), Meters(args.device)
+        self.step_norms = StepNorms(args.device)
+        self.step_weights: NDArray[np.float64] = np.zeros(len(Task))
+        clips = self.clipping == "global" and args.max_grad_norm > 0.0
+        if clips and self.is_deepspeed_enabled and not isinstance(self.scheduler, CLIPPED_ALIKE):
+            raise UserError("DeepSpeed clips each step by itself: pass --clipping per_step")
+
+    @property
+    def stepped(self) -> list[Task]:
+        """The objectives of the step."""
+        return [task for task in Task if self.step_weights[task] != 0.0]
+
+    # --------------------------------------------------------------------- forward and backward
+
+    def training_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """transformers' own for each of the `parts` of a micro-batch; gradients and losses add up.
+
+        `compute_loss` marks where a forward begins and ends.
+        """
+        self.clock.switch("data")
+        shared = {key: value for key, value in inputs.items() if key != "parts"}
+        losses = []
+        for part in inputs["parts"]:
+            losses.append(super().training_step(model, shared | part, num_items_in_batch))
+        self.clock.switch("other")
+        return sum(losses[1:], losses[0])
+
+    # ------------------------------------------------------------------- gradient norm, clipping
+
+    def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
+        """Clip as `llm.train.clipping` says; returns the norm before."""
+        self.clock.switch("optimizer")
+        deepspeed = self.is_deepspeed_enabled  # it has clipped and stepped by now
+        if self.clipping == "per_step" or deepspeed or len(self.stepped) != 1:
+            return super()._clip_grad_norm(model)
+        norm = self._norm_of_gradient(model)
+        reference = self.step_norms.reference(self.stepped[0], norm)
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), self.args.max_grad_norm, reference)
+        return norm
+
+    def _norm_of_gradient(self, model: torch.nn.Module) -> torch.Tensor:
+        if self.is_fsdp_enabled or self._has_mixed_mesh_grads(model):
+            return _plain(super()._get_grad_norm(model))
+        # The same without multiplying every gradient by one.
+        self.accelerator.unscale_gradients()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients)
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        """The norm before clipping; that of grad f_i is metered where the step is w_i grad f_i."""
+        self.clock.switch("optimizer")
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if norm is not None and len(self.stepped) == 1:
+            task = self.stepped[0]
+            value = torch.as_tensor(_plain(norm), device=self.args.device)
+            self.meters.add_if_finite(f"{task.label}_grad_norm", value / self.step_weights[task])
+        return norm
+
+    # --------------------------------------------------------------------- stages of a sequence
+
+    def _restart_at_stage(self) -> None:
+        """At the boundary of a sequential schedule, start the optimiser afresh."""
+        step = self.schedule.step
+        if step > 0 and self.scheduler.stage_start(step) == step:
+            getattr(self.optimizer, "optimizer", self.optimizer).state.clear()
+            self.step_norms.forget()
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> LRScheduler:
+        """The learning-rate schedule of transformers, run once per stage of the scheduler."""
+        starts = sorted({int(self.scheduler.stage_start(t)) for t in range(num_training_steps)})
+        if len(starts) < 2:
+            return super().create_scheduler(num_training_steps, optimizer)
+        if self.lr_scheduler is None:
+            self.lr_scheduler = staged_schedule(
+                self.args, optimizer or self.optimizer, starts, num_training_steps
+            )
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+
+def _plain(norm: Any) -> Any:
+    """A norm of sharded gradients as one plain tensor."""
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm

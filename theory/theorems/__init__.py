@@ -1,0 +1,1 @@
+"""The paper's statements as functions: bounds, equalities to leading order, fronts."""
