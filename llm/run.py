@@ -33,7 +33,7 @@ from llm.train.trainer import JointTrainer
 from theory.cli import UserError, run_command
 from theory.metrics import ideal_distance, mix_value
 from theory.records import read_json, write_json, write_text
-from theory.schedulers import make_scheduler
+from theory.registry import make_scheduler
 from theory.tasks import Task
 
 CONFIG_FILE, SUMMARY_FILE = "joint_config.json", "joint_summary.json"

@@ -34,7 +34,8 @@ from llm.train.streams import open_streams, steps_per_epoch
 from llm.train.trainer import JointTrainer
 from llm.train.values import split_values
 from theory.cli import UserError
-from theory.schedulers import Scheduler, make_scheduler
+from theory.registry import make_scheduler
+from theory.schedulers import Scheduler
 from theory.tasks import Task
 
 ENCODERS = {Task.DPO: encode_preference, Task.SFT: encode_sft}

@@ -16,7 +16,7 @@ from llm.loss.objectives import LanguageObjective, Row, move
 from llm.setup import Setup, make_trainer, total_steps
 from llm.train.identity import OPTIMISER_SETTINGS, reference_of, settings
 from theory.records import digest, read_json, write_json
-from theory.schedulers import make_scheduler
+from theory.registry import make_scheduler
 from theory.tasks import Task
 
 STEP_SETTINGS = ("gradient_accumulation_steps", "world_size", "data_seed")

@@ -403,7 +403,7 @@ def counts(steps: int, dpo: int, probes: int = 0, reuse: bool = False) -> Record
 def test_the_expected_cost_is_the_cost_model_at_measured_costs(
     algo: str, recorded: Record, expected: float
 ) -> None:
-    actual = expected_cost(Contender("ours", algo), 3.0, 12.0, recorded, 1.0 / 3.0)
+    actual = expected_cost(3.0, 12.0, recorded, 1.0 / 3.0)
     assert actual == pytest.approx(expected, rel=1e-12)
 
 

@@ -14,7 +14,8 @@ import yaml
 from llm.flags.arguments import JointArguments
 from llm.flags.parse import SCHEDULE_FLAGS, TINY_RECIPE, RunConfig, parse, schedule_options
 from theory.cli import UserError, run_command
-from theory.schedulers import REGISTRY, Sequential, make_scheduler, scheduler_options
+from theory.registry import make_scheduler, scheduler_options
+from theory.schedulers import REGISTRY, Sequential
 from theory.tasks import Task
 
 ROOT = Path(__file__).parents[1]

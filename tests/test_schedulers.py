@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from theory.randomness import BLOCK
+from theory.registry import make_scheduler, scheduler_options
 from theory.schedulers import (
     ORDERS,
     REGISTRY,
@@ -31,9 +32,7 @@ from theory.schedulers import (
     ScheduleState,
     Sequential,
     Single,
-    make_scheduler,
     objective_weights,
-    scheduler_options,
 )
 from theory.tasks import Task
 
@@ -240,8 +239,8 @@ def test_sequential_takes_first_steps_on_one_then_the_rest_on_the_other(
     assert decisions.tolist() == [first] * taken + [second] * (30 - taken)
 
 
-def test_sequential_order_defaults_to_dpo_then_sft() -> None:
-    assert Sequential(3) == Sequential(3, "dpo_then_sft")
+def test_sequential_order_defaults_to_what_people_do() -> None:
+    assert Sequential(3) == Sequential(3, "sft_then_dpo")
 
 
 def test_stage_starts_at_0_and_at_first_steps() -> None:
@@ -528,14 +527,23 @@ def test_as_many_probabilities_as_runs_or_one() -> None:
 # --- Alternate: blocks in turn
 
 
-@settings(deadline=None, max_examples=40)
-@given(LAMS, st.integers(1, 30))
-def test_a_cycle_is_a_block_of_dpo_and_then_sft(lam: float, cycle: int) -> None:
-    decisions, _ = drive(Alternate(lam, cycle), 3 * cycle)
-    dpo_steps = round(lam * cycle)
-    expected = ([DPO] * dpo_steps + [SFT] * (cycle - dpo_steps)) * 3
-    assert decisions.tolist() == expected
-    assert abs(dpo_steps - lam * cycle) <= 0.5
+@settings(deadline=None, max_examples=60)
+@given(LAMS, st.integers(1, 30), st.integers(1, 12))
+def test_every_cycle_is_a_block_of_dpo_and_then_sft_and_no_share_is_lost(
+    lam: float, cycle: int, cycles: int
+) -> None:
+    decisions, _ = drive(Alternate(lam, cycle), cycles * cycle)
+    dpo = decisions[:, Task.DPO].reshape(cycles, cycle)
+    assert np.all(np.diff(dpo, axis=1) <= 0.0)  # DPO first
+    done = np.cumsum(dpo.sum(axis=1))
+    assert np.all(np.abs(done - lam * cycle * np.arange(1, cycles + 1)) <= 0.5 + 1e-9)
+
+
+@pytest.mark.parametrize("lam", [0.01, 0.25, 0.75, 0.9])
+@pytest.mark.parametrize("cycle", [1, 2, 3])
+def test_no_cycle_is_too_short_for_either_objective(lam: float, cycle: int) -> None:
+    decisions, _ = drive(Alternate(lam, cycle), 600)
+    assert decisions[:, Task.DPO].mean() == pytest.approx(lam, abs=1 / 600)
 
 
 def test_a_cycle_of_two_at_one_half_is_strict_alternation() -> None:
@@ -545,7 +553,7 @@ def test_a_cycle_of_two_at_one_half_is_strict_alternation() -> None:
 @pytest.mark.parametrize("lam", [0.0, 0.25, 0.5, 0.9, 1.0])
 def test_a_cycle_as_long_as_the_run_decides_as_sequential(lam: float) -> None:
     steps = 40
-    expected, _ = drive(Sequential(round(lam * steps)), steps)
+    expected, _ = drive(Sequential(round(lam * steps), "dpo_then_sft"), steps)
     np.testing.assert_array_equal(drive(Alternate(lam, steps), steps)[0], expected)
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from theory.schedulers import make_scheduler
+from theory.schedulers import Scheduler
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,16 @@ class Costs:
                 raise ValueError(f"cost {field.name} is {value}; it must be positive and finite")
         if self.sft_forward >= self.probe:
             raise ValueError(f"probe is {self.probe}; it must exceed its SFT part")
+
+    def per_step(
+        self, dpo: float, sft: float, *, probes: float = 0.0, reuse_probe: bool = False
+    ) -> float:
+        """A step with `dpo` and `sft` gradients of each objective and `probes` of both losses.
+
+        With `reuse_probe` the step trains on the forward pass of its probe.
+        """
+        forward = dpo * (self.probe - self.sft_forward) + sft * self.sft_forward
+        return dpo * self.dpo + sft * self.sft + probes * (self.probe - forward * reuse_probe)
 
     @classmethod
     def counted(cls, *, backward: float = 2.0, pair: float = 2.0, cached: bool = False) -> Costs:
@@ -59,60 +69,33 @@ class Costs:
 
 
 def cost_per_step(
-    algorithm: str,
-    *,
-    lam: float,
-    costs: Costs,
-    refresh_every: int = 10,
-    p_dpo: float | None = None,
-    cycle: int | None = None,
-    reuse_probe: bool = False,
+    scheduler: Scheduler, *, costs: Costs, p_dpo: float | None = None, reuse_probe: bool = False
 ) -> float:
-    """Expected cost of one optimiser step, in the unit of `costs`.
+    """Expected cost of one optimiser step of one run, in the unit of `costs`.
 
-    With p the share of steps that go to DPO:
+        g_1 c_DPO + g_2 c_SFT + n e
 
-        dpo, sft, sequential, alright, importance, alternate    p c_DPO + (1 - p) c_SFT
-        mix (0 < lam < 1; at the ends, the one objective)        c_DPO + c_SFT
-        maxright(k)                                              p c_DPO + (1 - p) c_SFT + e / k
-
-    p is lam for ALRIGHT and round(lam n) / n for alternation in cycles of n. Otherwise it must be
-    given as `p_dpo`: the split of sequential training, the sampling probability of importance
-    sampling, and for MAXRIGHT a measured share, since it depends on the problem. (`p_dpo` is read
-    for these three only.) `reuse_probe` trains on the forward pass of the probe, which saves the
-    chosen objective's forward once per refresh.
+    with g the gradients of each objective that a step pays for and n the probes of both losses
+    (`Scheduler.gradients_per_step`, `probes_per_step`): (1, 1) for Mix inside (0, 1),
+    (lam, 1 - lam) for ALRIGHT and alternation, n = 1/k for MAXRIGHT(k). Where the gradients depend
+    on the problem or on the length of the run (MAXRIGHT, sequential) they are (p, 1 - p) with the
+    share `p_dpo` of steps on DPO, which must then be given. `reuse_probe` as in `Costs.per_step`.
 
     Raises:
-        ValueError: for an unknown algorithm, a missing p_dpo or cycle, or a number out of range.
+        ValueError: for a missing or impossible p_dpo, or a batch of several runs.
     """
-    if algorithm == "mix":
-        make_scheduler(algorithm, lam=lam)  # checks lam
-        return costs.dpo * (lam > 0.0) + costs.sft * (lam < 1.0)
-    share = _dpo_share(algorithm, lam, p_dpo, cycle)
-    step = share * costs.dpo + (1.0 - share) * costs.sft
-    if algorithm != "maxright":
-        return step
-    if refresh_every < 1:
-        raise ValueError(f"refresh_every is {refresh_every}; it must be at least 1")
-    forward = share * (costs.probe - costs.sft_forward) + (1.0 - share) * costs.sft_forward
-    return step + (costs.probe - forward * reuse_probe) / refresh_every
+    if scheduler.runs != ():
+        raise ValueError("the cost of a step is that of one run; this scheduler holds several")
+    gradients = _gradients(scheduler, p_dpo)
+    return costs.per_step(*gradients, probes=scheduler.probes_per_step, reuse_probe=reuse_probe)
 
 
-def _dpo_share(algorithm: str, lam: float, p_dpo: float | None, cycle: int | None) -> float:
-    if algorithm in ("dpo", "sft"):
-        return float(algorithm == "dpo")
-    if algorithm == "alright":
-        make_scheduler(algorithm, lam=lam)
-        return lam
-    if algorithm == "alternate":
-        if cycle is None:
-            raise ValueError("the cost of 'alternate' depends on its cycle: give cycle")
-        make_scheduler(algorithm, lam=lam, cycle=cycle)
-        return float(np.round(lam * cycle) / cycle)
-    if algorithm not in ("sequential", "maxright", "importance"):
-        raise ValueError(f"there is no cost model for algorithm {algorithm!r}")
+def _gradients(scheduler: Scheduler, p_dpo: float | None) -> tuple[float, float]:
+    if scheduler.gradients_per_step is not None:
+        dpo, sft = scheduler.gradients_per_step.tolist()
+        return dpo, sft
     if p_dpo is None:
-        raise ValueError(f"lam does not say how often {algorithm!r} steps on DPO: give p_dpo")
+        raise ValueError(f"{scheduler.describe()}: how often does it step on DPO? give p_dpo")
     if not 0.0 <= p_dpo <= 1.0:
         raise ValueError(f"p_dpo is {p_dpo}; it is a share of steps and must lie in [0, 1]")
-    return p_dpo
+    return p_dpo, 1.0 - p_dpo

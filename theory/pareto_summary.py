@@ -14,7 +14,8 @@ from theory.metrics import Interval, mean_interval, optimality_gaps
 from theory.optima import ProblemOptima
 from theory.plotting.style import middle
 from theory.problems import PROBLEMS, make_problem
-from theory.schedulers import ORDERS, make_scheduler
+from theory.registry import make_scheduler, typical_scheduler
+from theory.schedulers import ORDERS
 from theory.simulate import ITERATES, StepSize, log_spaced_steps, simulate
 from theory.sweep import COUNTS
 from theory.theorems.pareto import Front, hypervolume, least_ideal_distance, pareto_front
@@ -149,11 +150,11 @@ def _cost(config: ParetoConfig, rows: pd.DataFrame, line: str) -> dict[str, floa
     objectives at each refresh, nothing in between (a step computes its own loss).
     """
     dpo, sft = (rows[count].mean() / config.num_steps for count in COUNTS[:2])
-    options: dict[str, Any] = {"p_dpo": dpo, "refresh_every": config.refresh_every}
-    algorithm = "sequential" if line in ORDERS else line
-    total = cost_per_step(algorithm, lam=rows["lam"].iloc[0], costs=Costs(), **options)
-    probes = 1.0 / config.refresh_every if line == "maxright" else 0.0
-    return {"dpo_gradients": dpo, "sft_gradients": sft, "probes": probes, "cost_per_step": total}
+    given = {"lam": rows["lam"].iloc[0], "refresh_every": config.refresh_every}
+    scheduler = typical_scheduler("sequential" if line in ORDERS else line, given)
+    total = cost_per_step(scheduler, costs=Costs(), p_dpo=dpo)
+    counts = {"dpo_gradients": dpo, "sft_gradients": sft, "probes": scheduler.probes_per_step}
+    return counts | {"cost_per_step": total}
 
 
 def objective_paths(

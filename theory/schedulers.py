@@ -10,16 +10,21 @@ weight of zero means: draw no batch, run no backward. The same objects drive `th
 (many runs at once: `lam`, `seed` and `first_steps` may hold one entry per run) and the language
 model trainer in `llm` (one run). State lives outside, is plain data and goes into a checkpoint.
 
+An algorithm is a subclass of `Scheduler`, a frozen dataclass. All that other code needs to know of
+it (flags, cost, plots) is a property of the class: see `Scheduler`, and `theory.registry` for how a
+name becomes a class. A class of your own works everywhere as `--algo package.module:Class`.
+
 Source of the algorithms: arXiv 2410.15483 (sequential, Mix, ALRIGHT, MAXRIGHT); importance
 sampling, block alternation and the averaged values of MAXRIGHT go beyond the paper.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
 from functools import lru_cache
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -28,13 +33,23 @@ from theory.randomness import Stream, uniform_at
 from theory.tasks import Task
 
 Array = NDArray[np.float64]
-Probe = Callable[[], Array]
-"""Evaluates both objectives at the current parameters: () -> losses of shape (..., 2)."""
 
 ORDERS: dict[str, tuple[Task, Task]] = {
     "dpo_then_sft": (Task.DPO, Task.SFT),
     "sft_then_dpo": (Task.SFT, Task.DPO),
 }
+
+
+class Probe(Protocol):
+    """What a scheduler may ask for at the current parameters; nothing else is computed."""
+
+    def __call__(self) -> Array:
+        """Both losses, shape (..., 2)."""
+        ...
+
+    def gram(self) -> Array:
+        """|g_DPO|^2, <g_DPO, g_SFT>, |g_SFT|^2 of the gradients of this step, shape (..., 3)."""
+        ...
 
 
 class ScheduleState(NamedTuple):
@@ -44,20 +59,63 @@ class ScheduleState(NamedTuple):
     """Steps taken so far."""
     values: Array | None = None
     """Last known losses (..., 2) of a scheduler that compares values, else None."""
+    memory: Mapping[str, Any] = MappingProxyType({})
+    """Whatever else a scheduler keeps: numbers, strings, lists, arrays (which come back as lists)
+    and mappings of them."""
 
     def to_json(self) -> dict[str, Any]:
-        values = None if self.values is None else np.asarray(self.values).tolist()
-        return {"step": self.step, "values": values}
+        return {"step": self.step, "values": _plain(self.values), "memory": _plain(self.memory)}
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> ScheduleState:
+    def from_json(cls, data: Mapping[str, Any]) -> ScheduleState:
         values = data["values"]
-        return cls(int(data["step"]), None if values is None else np.asarray(values, dtype=float))
+        known = None if values is None else np.asarray(values, dtype=float)
+        return cls(int(data["step"]), known, dict(data["memory"]))
+
+
+def option(
+    help: str, *, default: Any = MISSING, flag: str | None = None, flag_default: Any = None
+) -> Any:
+    """A field of a scheduler with the help of its flag.
+
+    `flag` is the name of a flag that gives the field as a share of the steps of the run, with the
+    default `flag_default`.
+    """
+    metadata = {"help": help, "flag": flag, "flag_default": flag_default}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
 class Scheduler:
-    """Base of all schedulers. `runs` is the leading shape of the weights: () for one run."""
+    """Base of all schedulers.
+
+    A subclass implements `select` and states below what differs from the defaults. Its fields are
+    its options and become flags; they need a type of bool, int, float or str (or a tuple of them,
+    one per run of a batch) and may have a help text by `option`. Three names are given by the run:
+    `seed`, `optimum` (f_DPO*, f_SFT*), and `lam`, the weight on DPO that every command knows.
+    """
+
+    name: ClassVar[str] = ""
+    """What `--algo` takes; empty for a class that is named by its place."""
+    label: ClassVar[str] = ""
+    """For figures and tables; the class's name if empty."""
+    trains: ClassVar[tuple[Task, ...]] = tuple(Task)
+    """The objectives that it may step on."""
+    minimises: ClassVar[str | None] = None
+    """What it converges to the minimum of: f_mix, f_max, or nothing that lam names."""
+    knob: ClassVar[str] = "lam"
+    """The flag that trades one objective for the other."""
+    probes_losses: ClassVar[bool] = False
+    """Whether `select` calls `probe()`."""
+    reads_gram: ClassVar[bool] = False
+    """Whether `select` calls `probe.gram()`: both gradients are then computed at every step."""
+    steady: ClassVar[bool] = False
+    """Whether all steps of a stage have the same weights."""
+
+    @classmethod
+    def lines(cls) -> dict[str, dict[str, Any]]:
+        """The variants that a comparison shows as lines of their own: label -> options."""
+        return {cls.name: {}}
 
     @property
     def reads_losses(self) -> bool:
@@ -71,7 +129,27 @@ class Scheduler:
 
     @property
     def runs(self) -> tuple[int, ...]:
+        """The leading shape of the weights: () for one run."""
         return ()
+
+    @property
+    def gradients_per_step(self) -> Array | None:
+        """Expected gradients (..., 2) of each objective that a step pays for.
+
+        None where that depends on the problem or on the length of the run.
+        """
+        return np.ones(len(Task)) if self.reads_gram else None
+
+    @property
+    def probes_per_step(self) -> float:
+        """How often a step evaluates both losses, on average."""
+        return 0.0
+
+    def describe(self) -> str:
+        """The schedule in words, for a line of a table."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+        words = [f"{name.replace('_', ' ')} {_short(value)}" for name, value in values.items()]
+        return ", ".join([self.label or type(self).__name__, *words])
 
     def init(self) -> ScheduleState:
         return ScheduleState()
@@ -82,7 +160,7 @@ class Scheduler:
 
     def observe(self, state: ScheduleState, losses: Array | None = None) -> ScheduleState:
         """Close the step. `losses` (..., 2): values of the stepped objectives, NaN elsewhere."""
-        return ScheduleState(state.step + 1, state.values)
+        return state._replace(step=state.step + 1)
 
     def stage_start(self, step: int) -> int | NDArray[np.int64]:
         """First step of the stage that `step` belongs to.
@@ -97,17 +175,45 @@ class Single(Scheduler):
     """Every step on one objective: plain SFT or plain DPO."""
 
     task: Task
+    steady = True
+
+    @property
+    def gradients_per_step(self) -> Array:
+        return _one_hot(np.asarray(self.task == Task.DPO))
 
     def select(self, state: ScheduleState, probe: Probe) -> tuple[Array, ScheduleState]:
         return _one_hot(np.asarray(self.task == Task.DPO)), state
 
 
 @dataclass(frozen=True)
+class DPOAlone(Single):
+    """Every step on preferences."""
+
+    task: Task = field(default=Task.DPO, init=False)
+    name, label, trains = "dpo", "DPO alone", (Task.DPO,)
+
+
+@dataclass(frozen=True)
+class SFTAlone(Single):
+    """Every step on demonstrations."""
+
+    task: Task = field(default=Task.SFT, init=False)
+    name, label, trains = "sft", "SFT alone", (Task.SFT,)
+
+
+@dataclass(frozen=True)
 class Sequential(Scheduler):
     """`first_steps` steps on the first objective of `order`, all later ones on the second."""
 
-    first_steps: int | tuple[int, ...]
-    order: str = "dpo_then_sft"
+    first_steps: int | tuple[int, ...] = option(
+        "share of the steps in the first stage", flag="split", flag_default=0.5
+    )
+    order: str = option(f"{' or '.join(ORDERS)}", default="sft_then_dpo")
+    name, label, knob, steady = "sequential", "sequential", "split", True
+
+    @classmethod
+    def lines(cls) -> dict[str, dict[str, Any]]:
+        return {order: {"order": order} for order in ORDERS}
 
     def __post_init__(self) -> None:
         if self.order not in ORDERS:
@@ -133,6 +239,7 @@ class Mix(Scheduler):
     """The gradient of f_Mix = lam f_DPO + (1 - lam) f_SFT; pays for both objectives each step."""
 
     lam: float | tuple[float, ...]
+    name, label, minimises, steady = "mix", "Mix", "f_mix", True
 
     def __post_init__(self) -> None:
         _check_lam(self.lam)
@@ -140,6 +247,10 @@ class Mix(Scheduler):
     @property
     def runs(self) -> tuple[int, ...]:
         return _runs(self.lam)
+
+    @property
+    def gradients_per_step(self) -> Array:
+        return (_weights(self.lam) > 0.0).astype(float)
 
     def select(self, state: ScheduleState, probe: Probe) -> tuple[Array, ScheduleState]:
         return _weights(self.lam), state
@@ -154,6 +265,7 @@ class Alright(Scheduler):
 
     lam: float | tuple[float, ...]
     seed: int | tuple[int, ...] = 0
+    name, label, minimises = "alright", "ALRIGHT", "f_mix"
 
     def __post_init__(self) -> None:
         _check_lam(self.lam)
@@ -162,6 +274,10 @@ class Alright(Scheduler):
     @property
     def runs(self) -> tuple[int, ...]:
         return _runs(self.lam)
+
+    @property
+    def gradients_per_step(self) -> Array:
+        return _weights(self.lam)
 
     def select(self, state: ScheduleState, probe: Probe) -> tuple[Array, ScheduleState]:
         probability = _weights(self.lam)[..., Task.DPO]
@@ -176,8 +292,11 @@ class Importance(Scheduler):
     """
 
     lam: float | tuple[float, ...]
-    dpo_probability: float | tuple[float, ...]
+    dpo_probability: float | tuple[float, ...] = option(
+        "how often to draw DPO, in (0, 1)", default=0.5
+    )
     seed: int | tuple[int, ...] = 0
+    name, label, minimises = "importance", "importance sampling", "f_mix"
 
     def __post_init__(self) -> None:
         _check_lam(self.lam)
@@ -192,6 +311,10 @@ class Importance(Scheduler):
     def runs(self) -> tuple[int, ...]:
         return _runs(self.lam)
 
+    @property
+    def gradients_per_step(self) -> Array:
+        return _weights(self.dpo_probability)
+
     def select(self, state: ScheduleState, probe: Probe) -> tuple[Array, ScheduleState]:
         probabilities = _weights(self.dpo_probability)
         drawn = _draw(self.seed, state.step, probabilities[..., Task.DPO], self.runs)
@@ -200,14 +323,17 @@ class Importance(Scheduler):
 
 @dataclass(frozen=True)
 class Alternate(Scheduler):
-    """Blocks in turn: round(lam * cycle) DPO steps, then SFT for the rest of the cycle; repeat.
+    """Blocks in turn: in every cycle DPO steps first, then SFT for the rest of it.
 
+    The first c cycles have round(c lam cycle) DPO steps: what rounding leaves over is carried on,
+    so that DPO's share of the steps is lam to within half a step however short the cycle is.
     `cycle` 2 at lam 1/2 is strict alternation; `cycle` = T is sequential training (without its
     restarts): one knob joins the two.
     """
 
     lam: float | tuple[float, ...]
-    cycle: int | tuple[int, ...]
+    cycle: int | tuple[int, ...] = option("steps of one round of both objectives", default=2)
+    name, label, minimises = "alternate", "alternation", "f_mix"
 
     def __post_init__(self) -> None:
         _check_lam(self.lam)
@@ -220,10 +346,17 @@ class Alternate(Scheduler):
     def runs(self) -> tuple[int, ...]:
         return _runs(self.lam) or _runs(self.cycle)
 
+    @property
+    def gradients_per_step(self) -> Array:
+        return _weights(self.lam)
+
     def select(self, state: ScheduleState, probe: Probe) -> tuple[Array, ScheduleState]:
         cycle = _as_array(self.cycle)
-        dpo_steps = np.round(_weights(self.lam)[..., Task.DPO] * cycle)
-        return _one_hot(np.asarray(state.step % cycle < dpo_steps)), state
+        done, position = np.divmod(state.step, cycle)
+        ends = [
+            np.floor(c * _weights(self.lam)[..., Task.DPO] * cycle + 0.5) for c in (done, done + 1)
+        ]
+        return _one_hot(np.asarray(position < ends[1] - ends[0])), state
 
 
 @dataclass(frozen=True)
@@ -239,9 +372,10 @@ class Maxright(Scheduler):
 
     lam: float | tuple[float, ...]
     optimum: tuple[float, float]
-    refresh_every: int = 10
-    scale_steps: bool = False
-    value_ema: float = 1.0
+    refresh_every: int = option("steps between two probes of both losses", default=10)
+    scale_steps: bool = option("scale the step by its weight", default=False)
+    value_ema: float = option("weight of a new loss against the old one", default=1.0)
+    name, label, minimises, probes_losses = "maxright", "MAXRIGHT", "f_max", True
 
     def __post_init__(self) -> None:
         _check_lam(self.lam)
@@ -259,6 +393,10 @@ class Maxright(Scheduler):
     @property
     def forgets_values(self) -> bool:
         return self.refresh_every == 1 and self.value_ema == 1.0
+
+    @property
+    def probes_per_step(self) -> float:
+        return 1.0 / self.refresh_every
 
     @property
     def runs(self) -> tuple[int, ...]:
@@ -279,7 +417,7 @@ class Maxright(Scheduler):
         values = state.values
         if values is not None and losses is not None:
             values = self._blend(values, np.where(np.isnan(losses), values, losses))
-        return ScheduleState(state.step + 1, values)
+        return state._replace(step=state.step + 1, values=values)
 
     def _blend(self, old: Array | None, new: Array) -> Array:
         if old is None or self.value_ema == 1.0:
@@ -287,38 +425,9 @@ class Maxright(Scheduler):
         return old + self.value_ema * (new - old)
 
 
-REGISTRY: dict[str, Callable[..., Scheduler]] = {
-    "sequential": Sequential,
-    "mix": Mix,
-    "alright": Alright,
-    "maxright": Maxright,
-    "importance": Importance,
-    "alternate": Alternate,
-    "dpo": lambda: Single(Task.DPO),
-    "sft": lambda: Single(Task.SFT),
-}
-"""Every algorithm by the name that `--algo` takes."""
-
-
-def scheduler_options(name: str) -> frozenset[str]:
-    """Names of the options that algorithm `name` uses; empty for the single objectives."""
-    factory = _lookup(name)
-    return frozenset(f.name for f in fields(factory)) if isinstance(factory, type) else frozenset()
-
-
-def make_scheduler(name: str, **options: Any) -> Scheduler:
-    """Build a scheduler by name. An option that it does not use, or lacks, is a ValueError."""
-    factory, known = _lookup(name), scheduler_options(name)
-    unused = sorted(set(options) - known)
-    if unused:
-        takes = ", ".join(sorted(known)) or "none"
-        raise ValueError(f"algorithm {name!r} does not use {', '.join(unused)} (it takes: {takes})")
-    if isinstance(factory, type):
-        required = {f.name for f in fields(factory) if f.default is MISSING}
-        missing = sorted(required - set(options))
-        if missing:
-            raise ValueError(f"algorithm {name!r} needs {', '.join(missing)}")
-    return factory(**options)
+ALGORITHMS = (Sequential, Mix, Alright, Maxright, Importance, Alternate, DPOAlone, SFTAlone)
+REGISTRY: dict[str, type[Scheduler]] = {algorithm.name: algorithm for algorithm in ALGORITHMS}
+"""Every built-in algorithm by the name that `--algo` takes."""
 
 
 def objective_weights(lam: ArrayLike) -> Array:
@@ -373,7 +482,16 @@ def _check_lam(lam: ArrayLike) -> None:
         raise ValueError(f"lam is {outside[0]}; it weighs DPO and must lie in [0, 1]")
 
 
-def _lookup(name: str) -> Callable[..., Scheduler]:
-    if name not in REGISTRY:
-        raise ValueError(f"unknown algorithm {name!r}; choose from {', '.join(REGISTRY)}")
-    return REGISTRY[name]
+def _plain(value: Any) -> Any:
+    """Arrays as lists, at every depth."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value.tolist() if isinstance(value, np.ndarray | np.generic) else value
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "/".join(map(_short, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

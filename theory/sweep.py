@@ -28,7 +28,8 @@ from theory.optima import ProblemOptima
 from theory.optimizers import Rule
 from theory.problems import make_problem
 from theory.records import digest, digest_of_code, write_parquet
-from theory.schedulers import Scheduler, make_scheduler, scheduler_options
+from theory.registry import make_scheduler, scheduler_options
+from theory.schedulers import Scheduler
 from theory.simulate import ITERATES, StepSize, Trace, simulate
 from theory.tasks import Task
 

@@ -22,7 +22,7 @@ from llm.benchmark.pool import Record
 from llm.benchmark.rows import tokens_of
 from llm.benchmark.shapes import Batches, Shape
 from llm.loss.objectives import Row
-from theory.costs import Costs, cost_per_step
+from theory.costs import Costs
 from theory.metrics import mean_interval
 from theory.tasks import Task
 
@@ -114,7 +114,7 @@ def expected_costs(
         return {}
     return {
         EXPECTED_COST + name.removeprefix("ours/"): [
-            expected_cost(Contender(*name.split("/")), sft, dpo, counts, shape.forward_share)
+            expected_cost(sft, dpo, counts, shape.forward_share)
             for sft, dpo, counts in zip(
                 times["ours/sft"], times["ours/dpo"], records[name]["rounds"], strict=True
             )
@@ -124,10 +124,8 @@ def expected_costs(
     }
 
 
-def expected_cost(
-    contender: Contender, sft: float, dpo: float, counts: Mapping[str, int], forward_share: float
-) -> float:
-    """`theory.costs` with measured costs and the share of DPO steps that was realised.
+def expected_cost(sft: float, dpo: float, counts: Mapping[str, int], forward_share: float) -> float:
+    """`theory.costs` with measured costs and the steps and probes that were taken.
 
     A forward pass is `forward_share` of a step. `counts` is the record of a round: whether the
     probe's forward pass was reused shows in the number of forward passes.
@@ -135,14 +133,11 @@ def expected_cost(
     costs = Costs(
         sft=sft, dpo=dpo, probe=forward_share * (sft + dpo), sft_forward=forward_share * sft
     )
-    share = counts["dpo_steps"] / counts["steps"]
-    options: dict[str, Any] = {"p_dpo": share}
-    algo = contender.algo
-    if contender.refresh_every:
-        algo, options["refresh_every"] = "maxright", contender.refresh_every
-        options["reuse_probe"] = reuses_probe(counts)
-    lam = share if algo == "alright" else 0.5
-    return cost_per_step(algo, lam=lam, costs=costs, **options)
+    dpo_steps, sft_steps, probes = (
+        counts[name] / counts["steps"] for name in ("dpo_steps", "sft_steps", "probes")
+    )
+    reuse = reuses_probe(counts)
+    return costs.per_step(dpo_steps, sft_steps, probes=probes, reuse_probe=reuse)
 
 
 def reuses_probe(counts: Mapping[str, int]) -> bool:

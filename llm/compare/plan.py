@@ -18,6 +18,7 @@ from llm.setup import Setup, total_steps
 from theory.cli import UserError
 from theory.costs import cost_per_step
 from theory.metrics import max_value, mix_value
+from theory.registry import typical_scheduler
 from theory.tasks import Task
 
 
@@ -203,11 +204,10 @@ def equal_compute(
         finished = [record for record in group if not record["failed"]]
         if not finished:
             continue  # its cost is unknown
+        given = {"lam": setting.lam, "refresh_every": refresh_every}
         per_step = cost_per_step(
-            setting.algorithm,
-            lam=EVEN if setting.lam is None else setting.lam,  # sequential does not read it
+            typical_scheduler(setting.algorithm, given),
             costs=costs.costs,
-            refresh_every=refresh_every,
             p_dpo=fmean(record["steps"]["dpo"] / setting.steps for record in finished),
             reuse_probe=costs.reuse,
         )

@@ -24,7 +24,8 @@ from llm.setup import Setup
 from llm.train.trainer import JointTrainer
 from theory.cli import UserError
 from theory.records import digest
-from theory.schedulers import ORDERS, Sequential, scheduler_options
+from theory.registry import scheduler_options
+from theory.schedulers import ORDERS, Sequential
 from theory.tasks import Task
 
 Record = dict[str, Any]

@@ -23,7 +23,7 @@ from llm.flags.checks import check_batch_flags, check_data_flags, check_model_fl
 from llm.loss.losses import check_preference_options
 from llm.train.values import check_value_options
 from theory.cli import OneLineParser, UserError
-from theory.schedulers import make_scheduler, scheduler_options
+from theory.registry import make_scheduler, scheduler_options
 from theory.tasks import Task
 
 TINY_RECIPE = Path(__file__).parents[1] / "recipes" / "tiny.yaml"

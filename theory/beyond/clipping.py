@@ -43,7 +43,8 @@ from theory.optima import ProblemOptima
 from theory.optimizers import Adam, Clip, Rule
 from theory.plotting import beyond as plotting
 from theory.problems import Problem, make_problem
-from theory.schedulers import make_scheduler, objective_weights, scheduler_options
+from theory.registry import make_scheduler, scheduler_options
+from theory.schedulers import objective_weights
 from theory.simulate import StepSize, simulate
 from theory.sweep import Batch, Variant
 from theory.tasks import Task

@@ -24,6 +24,7 @@ from theory.metrics import Interval, mean_interval
 from theory.optima import ProblemOptima
 from theory.plotting import beyond as plotting
 from theory.problems import make_problem
+from theory.registry import typical_scheduler
 from theory.sweep import Batch, Variant
 from theory.theorems.importance import gradient_moments, optimal_probability
 
@@ -69,7 +70,8 @@ def predict(optima: ProblemOptima, lam: float, costs: Costs) -> Prediction:
     """The costs and variances at the minimiser of f_Mix; importance sampling at its best p."""
     moments = gradient_moments(optima, lam)
     best = optimal_probability(moments, lam, costs.dpo, costs.sft)
-    cost = [cost_per_step(name, lam=lam, costs=costs, p_dpo=best) for name in METHODS]
+    given = {"lam": lam, "dpo_probability": best}
+    cost = [cost_per_step(typical_scheduler(name, given), costs=costs) for name in METHODS]
     trace = [
         moments.mix_trace(lam),
         moments.alright_trace(lam),

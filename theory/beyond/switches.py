@@ -70,10 +70,10 @@ class Switches(Experiment):
         cycles = tuple(Variant(f"cycle={n}", {"cycle": n}, {"cycle": n}) for n in self.cycles)
         first_steps = round(self.lam * self.num_steps)
         orders = (Variant("dpo_then_sft", {"first_steps": first_steps}),)
-        for algorithm, variants in (
-            ("alternate", cycles),
-            ("alright", (Variant(),)),
-            ("sequential", orders),
+        for algorithm, variants, options in (
+            ("alternate", cycles, {}),
+            ("alright", (Variant(),), {}),
+            ("sequential", orders, {"order": "dpo_then_sft"}),
         ):
             yield Batch(
                 problem,
@@ -82,6 +82,7 @@ class Switches(Experiment):
                 self.seeds,
                 self.num_steps,
                 variants=variants,
+                options=options,
                 record_steps=(self.num_steps,),
             )
 

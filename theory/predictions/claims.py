@@ -35,6 +35,7 @@ from theory.predictions.end_points import (
 )
 from theory.predictions.equalisation import fit_log_line
 from theory.predictions.verdicts import Claim, Claims, Estimate, Verdict, judge, within
+from theory.registry import flags_of, typical_scheduler
 from theory.schedulers import ORDERS
 from theory.tasks import Task
 
@@ -283,15 +284,9 @@ class CostPerStep(Prediction):
 
     def model(self, point: EndPoint) -> float:
         """Cost per step that the model predicts for the setting of an end point."""
-        refresh_every, cycle = point.first("refresh_every"), point.first("cycle")
-        return cost_per_step(
-            point.algorithm,
-            lam=0.0 if point.lam is None else point.lam,
-            costs=self.costs,
-            refresh_every=10 if refresh_every is None else int(refresh_every),
-            p_dpo=point.first("p_dpo"),
-            cycle=None if cycle is None else int(cycle),
-        )
+        given = {"lam": point.lam} | {name: point.first(name) for name in flags_of(point.algorithm)}
+        scheduler = typical_scheduler(point.algorithm, given)
+        return cost_per_step(scheduler, costs=self.costs, p_dpo=point.first("p_dpo"))
 
 
 PREDICTIONS: tuple[Prediction, ...] = (

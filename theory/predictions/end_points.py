@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from theory import metrics
 from theory.predictions.verdicts import Estimate
-from theory.schedulers import objective_weights, scheduler_options
+from theory.registry import scheduler_options
+from theory.schedulers import objective_weights
 
 Array = NDArray[np.float64]
 
