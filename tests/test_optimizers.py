@@ -143,7 +143,8 @@ def test_a_new_stage_starts_with_an_empty_memory(rule: Rule) -> None:
     """Sequential training under a rule is two separate trainings, each run at its own split."""
     problem, splits = noise_free(), (10, 25, 40)
     trace = simulate(
-        problem, Sequential(splits, "dpo_then_sft"), num_steps=60, step_size=StepSize(ALPHA, decay=False),
+        problem, Sequential(splits, "dpo_then_sft"),
+        num_steps=60, step_size=StepSize(ALPHA, decay=False),
         seeds=range(len(splits)), record_steps=[60], rule=rule,
     )  # fmt: skip
     for run, split in enumerate(splits):

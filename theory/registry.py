@@ -6,13 +6,13 @@ run fills in three of them itself (`FILLED`); the others are flags.
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from theory.foreign import is_foreign, load_object
 from theory.schedulers import REGISTRY, Scheduler
 
 FILLED = ("seed", "optimum")
@@ -44,7 +44,7 @@ def resolve(name: str) -> type[Scheduler]:
     """
     if name in REGISTRY:
         return REGISTRY[name]
-    if ":" not in name:
+    if not is_foreign(name):
         known = ", ".join(REGISTRY)
         raise ValueError(f"unknown algorithm {name!r}; choose from {known} or package.module:Class")
     found = load_object(name)
@@ -53,20 +53,6 @@ def resolve(name: str) -> type[Scheduler]:
     if not (is_dataclass(found) and "__dataclass_fields__" in vars(found)):
         raise ValueError(f"{name} is no dataclass: put @dataclass(frozen=True) above it")
     return found
-
-
-def load_object(name: str) -> Any:
-    """The object at `package.module:attribute`; a ValueError, in one line, if it cannot be had."""
-    module, _, attribute = name.partition(":")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except AttributeError:
-        raise ValueError(f"{name}: {module} has no {attribute!r}") from None
-    except Exception as error:  # whatever a stranger's module raises while it is imported
-        said = " ".join(str(error).split())
-        raise ValueError(
-            f"{name}: cannot import {module}: {type(error).__name__}: {said}"
-        ) from error
 
 
 def scheduler_options(algorithm: str | type[Scheduler]) -> frozenset[str]:

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from theory.feature_file import FeatureFile, is_feature_file
+from theory.foreign import is_foreign, pack, source_digest, unpack
 from theory.metrics import convex_metrics, t_interval
 from theory.optima import ProblemOptima
 from theory.optimizers import Rule
@@ -80,9 +81,15 @@ class Batch:
     rule: Rule | None = None
 
     @property
+    def names(self) -> tuple[str, str]:
+        """What may be of a user's own."""
+        return self.problem, self.algorithm
+
+    @property
     def key(self) -> str:
         """Names the batch by everything that determines its result, the code included."""
         fields = {**asdict(self), "rule": repr(self.rule), "code": _code_digest()}
+        fields["foreign"] = [source_digest(name) for name in self.names if is_foreign(name)]
         if is_feature_file(self.problem):
             fields["data"] = FeatureFile.digest(self.problem)
         return digest(fields)[:20]
@@ -187,7 +194,7 @@ def run_sweep(
     ):
         bar.update(total - sum(batch.num_steps for batch in open_batches))
         results = Parallel(return_as="generator_unordered")(
-            delayed(_run)(batch) for batch in open_batches
+            delayed(_run)(pack(batch, batch.names)) for batch in open_batches
         )
         for batch, frame in results:
             if parts is not None:
@@ -197,7 +204,8 @@ def run_sweep(
     return pd.concat([done[batch.key] for batch in batches], ignore_index=True)
 
 
-def _run(batch: Batch) -> tuple[Batch, pd.DataFrame]:
+def _run(payload: bytes) -> tuple[Batch, pd.DataFrame]:
+    batch = unpack(payload)
     return batch, batch.run()
 
 
