@@ -48,21 +48,18 @@ def _cannot_import(name: str, module: str, error: Exception) -> ValueError:
 @cache
 def source_digest(name: str) -> str:
     """Of the source that an object is made of: of its module's whole package, where it has one."""
-    module = sys.modules.get(name.partition(":")[0]) or load_object(name).__module__
-    file = getattr(module, "__file__", None)
-    if file is None:
-        return ""
-    top = name.partition(":")[0].partition(".")[0]
-    package = getattr(sys.modules.get(top), "__path__", None)
-    files = sorted(Path(next(iter(package))).rglob("*.py")) if package else [Path(file)]
+    load_object(name)
+    top = sys.modules[_top(name)]
+    folders = [Path(folder) for folder in getattr(top, "__path__", ())]
+    files = [path for folder in folders for path in sorted(folder.rglob("*.py"))]
+    files = files or [Path(str(top.__file__))]
     return digest([path.read_text(encoding="utf-8") for path in files])
 
 
 def pack(value: Any, names: Iterable[str]) -> bytes:
     """`value` for another process, together with the foreign objects among `names`."""
     found = {name: load_object(name) for name in names if is_foreign(name)}
-    tops = {name.partition(".")[0].partition(":")[0] for name in found}
-    modules = [sys.modules[top] for top in tops]
+    modules = [sys.modules[top] for top in {_top(name) for name in found}]
     for module in modules:
         cloudpickle.register_pickle_by_value(module)
     try:
@@ -74,5 +71,10 @@ def pack(value: Any, names: Iterable[str]) -> bytes:
 
 def unpack(payload: bytes) -> Any:
     value, found = cloudpickle.loads(payload)
-    _received.update(found)
+    _received.update({name: what for name, what in found.items() if _top(name) not in sys.modules})
     return value
+
+
+def _top(name: str) -> str:
+    """The outermost package or module of a name."""
+    return name.partition(":")[0].partition(".")[0]
