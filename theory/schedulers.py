@@ -20,7 +20,7 @@ sampling, block alternation and the averaged values of MAXRIGHT go beyond the pa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from functools import lru_cache
 from types import MappingProxyType
@@ -50,6 +50,19 @@ class Probe(Protocol):
     def gram(self) -> Array:
         """|g_DPO|^2, <g_DPO, g_SFT>, |g_SFT|^2 of the gradients of this step, shape (..., 3)."""
         ...
+
+
+@dataclass(frozen=True)
+class LossProbe:
+    """A probe that gives `losses()` and no gradients."""
+
+    losses: Callable[[], Array]
+
+    def __call__(self) -> Array:
+        return self.losses()
+
+    def gram(self) -> Array:
+        raise TypeError("this loop gives losses only, no Gram matrix")
 
 
 class ScheduleState(NamedTuple):
