@@ -1,4 +1,4 @@
-"""From names to schedulers, built-in and a stranger's: their flags, their way to other processes."""
+"""From names to schedulers, built in and a stranger's: flags, and the way to other processes."""
 
 from __future__ import annotations
 
