@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from llm.card import model_card
 from llm.flags.parse import PROG, JointArguments, RunConfig, parse, schedule_options
 from llm.optima import Optimum, find_optimum
 from llm.setup import Setup, make_trainer, prepare, total_steps
@@ -38,6 +37,7 @@ from theory.tasks import Task
 
 CONFIG_FILE, SUMMARY_FILE = "joint_config.json", "joint_summary.json"
 METRICS_FILE, SCHEDULE_FILE = "metrics.jsonl", "schedule.json"
+CARD_TITLES = {"f_mix": "f_Mix", "ideal_distance": "ideal distance"}
 NOT_PART_OF_A_RUN = {
     *("output_dir", "overwrite_output_dir", "disable_tqdm"),
     *("resume_from_checkpoint", "force_resume", "reference_cache"),
@@ -164,6 +164,54 @@ def _table_rows(summary: dict[str, Any]) -> Iterator[tuple[str, list[float]]]:
         yield names[key], [combined[moment][key] for moment in moments]
     if "dpo_reward_accuracy" in held_out[0]:
         yield "reward accuracy", [values["dpo_reward_accuracy"] for values in held_out]
+
+
+def model_card(config: RunConfig, summary: dict[str, Any]) -> str:
+    """README.md of an output directory, in the format of the Hugging Face hub; numbers measured."""
+    base = config.model.model_name_or_path
+    header = ["---", "library_name: transformers", "tags: [sft, dpo, joint-sft-dpo]"]
+    if base is not None:
+        header.append(f"base_model: {base}")
+    return "\n".join(
+        [*header, "---", "", *_card_objective(config, summary), *_card_results(summary), ""]
+    )
+
+
+def _card_objective(config: RunConfig, summary: dict[str, Any]) -> list[str]:
+    training, data = config.training, config.data
+    lines = [
+        f"# {config.model.model_name_or_path or 'tiny GPT-NeoX'}, trained with `{training.algo}`",
+        "",
+        "Objective: lam f_DPO + (1 - lam) f_SFT with f_SFT the mean negative log-likelihood of the "
+        f"response tokens and f_DPO the `{training.loss_type}` preference loss "
+        f"(beta {training.beta:g}, label smoothing {training.label_smoothing:g}, reference: "
+        f"{config.model.reference}).",
+        "",
+        f"Schedule: `{summary['scheduler']}`, seed {training.seed}, learning rate "
+        f"{training.learning_rate:g}.",
+        "",
+        "| data | source | rows kept | truncated | dropped |",
+        "|---|---|---|---|---|",
+    ]
+    for name, rows in summary["rows"].items():
+        task, part = name.split(maxsplit=1)
+        suffix = "_eval_dataset" if part == "held-out" else "_dataset"
+        source = getattr(data, f"{task}{suffix}") or getattr(data, f"{task}_dataset")
+        dropped = sum(rows["dropped"].values())
+        cells = (name, source or "generated", rows["kept"], rows["truncated"], dropped)
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return lines
+
+
+def _card_results(summary: dict[str, Any]) -> list[str]:
+    before, after = (dict(summary["held_out"][moment]) for moment in ("before", "after"))
+    for moment, values in (("before", before), ("after", after)):
+        values |= summary.get("combined", {}).get(moment, {})
+    lines = ["", "| held-out | before | after |", "|---|---|---|"]
+    for name, value in after.items():
+        lines.append(f"| {CARD_TITLES.get(name, name)} | {before[name]:.4f} | {value:.4f} |")
+    steps = ", ".join(f"{task.upper()} {count}" for task, count in summary["steps"].items())
+    return [*lines, "", f"Optimiser steps: {steps}. Losses in nats (SFT per token, DPO per pair)."]
 
 
 def claim(output_dir: Path, training: JointArguments, mine: dict[str, Any]) -> None:

@@ -13,9 +13,9 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, set_seed
 
-import llm.flags.parse
 from llm import export, preview
 from llm.flags.arguments import ModelArguments
+from llm.flags.parse import TINY_RECIPE, parse
 from llm.model.load import load_policy
 from llm.run import main
 from theory.cli import UserError
@@ -167,9 +167,9 @@ def test_the_model_card_states_what_was_trained(
 
 @pytest.mark.parametrize("name", ["tiny", "pythia-1b", "llama-3-8b"])
 def test_every_recipe_is_a_valid_command_line(name: str) -> None:
-    recipe = Path(llm.flags.parse.__file__).parent / "recipes" / f"{name}.yaml"
+    recipe = TINY_RECIPE.with_name(f"{name}.yaml")
     flags = ["--algo", "maxright", "--lam", "0.25", "--use_cpu", "true"]  # bf16 asks for a GPU else
-    config = llm.flags.parse.parse(["--config", str(recipe), *flags])
+    config = parse(["--config", str(recipe), *flags])
     assert config.training.lam == 0.25
     assert config.model.use_peft == (name != "tiny")
 

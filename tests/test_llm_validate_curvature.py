@@ -11,8 +11,7 @@ import torch
 from _tiny import OBJECTIVES, PAD_ID, make_policy, train_rows
 from torch.func import functional_call
 
-from llm.validate.curvature import Probe, plain_copy
-from llm.validate.lanczos import lanczos
+from llm.validate.curvature import Probe, lanczos, plain_copy
 from llm.validate.trade_off import trade_off
 from theory.tasks import Task
 

@@ -6,7 +6,7 @@ X_loss, dpo_reward_accuracy, ...    means of what was trained on since the last 
 X_grad_norm                         norm of grad f_X before clipping, in steps on X alone
 X_steps, X_tokens                   since the start; tokens of the rows drawn, on all ranks, each
                                     prompt once and without padding
-time_data, time_forward, ...        shares of the time since the last line (`llm.train.clock`)
+time_data, time_forward, ...        shares of the time since the last line (`llm.train.meters`)
 eval_X_loss, ...                    the same on held-out rows
 eval_kl_reference                   KL(ref || policy) in nats per response (`llm.model.samples`)
 """

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import TrainingArguments
+from transformers.optimization import get_scheduler
 
 from llm.train.checkpoints import SafeCheckpoints
 from llm.train.clipping import StepNorms
-from llm.train.clock import Clock
-from llm.train.learning_rate import staged_schedule
-from llm.train.meters import Meters
+from llm.train.meters import Clock, Meters
 from theory.cli import UserError
 from theory.schedulers import Mix, Scheduler, ScheduleState, Sequential, Single
 from theory.tasks import Task
@@ -122,6 +122,42 @@ class ScheduledSteps(SafeCheckpoints):
             )
             self._created_lr_scheduler = True
         return self.lr_scheduler
+
+
+def staged_schedule(
+    args: TrainingArguments, optimizer: Any, starts: Sequence[int], num_steps: int
+) -> LambdaLR:
+    """The schedule of `args` once per stage: warm-up and decay as in separate runs.
+
+    `starts` are the first steps of the stages, in order, beginning with 0; the last stage ends
+    at `num_steps`.
+    """
+    ends = [*starts[1:], num_steps]
+    factors = [_factor(args, end - start) for start, end in zip(starts, ends, strict=True)]
+
+    def factor(step: int) -> float:
+        stage = max(i for i, start in enumerate(starts) if step >= start)
+        return factors[stage](step - starts[stage])
+
+    return LambdaLR(optimizer, factor)
+
+
+def _factor(args: TrainingArguments, num_steps: int) -> Callable[[int], float]:
+    """The multiplier of the learning rate along one stage, as transformers defines it."""
+    placeholder = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=1.0)
+    options: Any = args.lr_scheduler_kwargs
+    schedule = get_scheduler(
+        args.lr_scheduler_type,
+        optimizer=placeholder,
+        num_warmup_steps=args.get_warmup_steps(num_steps),
+        num_training_steps=num_steps,
+        scheduler_specific_kwargs=options,
+    )
+    if not isinstance(schedule, LambdaLR):
+        raise UserError(
+            f"--lr_scheduler_type {args.lr_scheduler_type} cannot restart at a stage boundary"
+        )
+    return schedule.lr_lambdas[0]
 
 
 def _plain(norm: Any) -> Any:

@@ -31,8 +31,7 @@ from tqdm import tqdm
 from llm.compare.runs import Run
 from llm.compare.settings import RUNS
 from llm.validate.bench import Bench
-from llm.validate.curvature import Probe, probe_at
-from llm.validate.lanczos import Krylov, lanczos
+from llm.validate.curvature import Krylov, Probe, lanczos, probe_at
 from llm.validate.quantities import Quantity, above, measured
 from theory.metrics import mean_interval, mix_value
 from theory.records import digest, read_json, write_json

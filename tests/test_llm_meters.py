@@ -1,4 +1,4 @@
-"""llm.train.clock and llm.train.meters: phases add up to the whole, and the device is read once."""
+"""llm.train.meters: phases add up to the whole, and the device is read once."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import math
 import pytest
 import torch
 
-from llm.train.clock import MOST_MARKS, Clock
-from llm.train.meters import Meters
+from llm.train.meters import MOST_MARKS, Clock, Meters
 
 CPU = torch.device("cpu")
 
