@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 from transformers import (
     ProgressCallback,
@@ -15,37 +15,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from llm.train.identity import STATE_KEY
 from theory.records import write_text
-
-if TYPE_CHECKING:
-    from llm.train.trainer import JointTrainer
-
-
-class StepEvents(TrainerCallback):
-    """Ties the schedule to Trainer's events; `on_step_end` runs before a checkpoint is saved."""
-
-    def __init__(self, trainer: JointTrainer) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.trainer.clock.start()
-        saved = cast(dict[str, Any], state.stateful_callbacks).get(STATE_KEY)
-        if saved is not None:
-            self.trainer._restore(saved)
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.trainer._close_step()
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.trainer._count_tokens()
-        self.trainer.clock.stop()
 
 
 class ProgressBar(ProgressCallback):

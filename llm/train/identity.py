@@ -13,18 +13,18 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 from llm.data.encode import fingerprint_rows
+from llm.loss.objectives import LanguageObjective, Row
+from llm.train.streams import SampleStream
 from theory.cli import UserError
 from theory.records import read_json
-
-if TYPE_CHECKING:
-    from llm.train.trainer import JointTrainer
+from theory.tasks import Task
 
 STATE_KEY = "JointTrainer"
 """Where the trainer's own state stands in a checkpoint's trainer_state.json."""
@@ -43,20 +43,32 @@ SAMPLE = 8
 """Entries of each frozen tensor that tell one base model from another."""
 
 
-def run_identity(trainer: JointTrainer) -> Identity:
-    """Everything that the weights of a run depend on, by the name that a refusal shows."""
-    args = trainer.args
+def run_identity(
+    args: TrainingArguments,
+    model: Any,
+    *,
+    schedule: str,
+    num_steps: int,
+    objectives: Mapping[Task, LanguageObjective],
+    streams: Mapping[Task, SampleStream],
+    train_rows: Mapping[Task, Sequence[Row]],
+    value_rows: Mapping[Task, Sequence[Row]],
+) -> Identity:
+    """Everything that the weights of a run depend on, by the name that a refusal shows.
+
+    The arguments as in `JointTrainer`; `schedule` tells its scheduler in words.
+    """
     identity = {
-        "schedule": repr(trainer.scheduler),
-        "model": describe_model(trainer.model),
+        "schedule": schedule,
+        "model": describe_model(model),
         **settings(args, OPTIMISER_SETTINGS),
     }
     if not _endless(args):
-        identity["number of steps"] = str(trainer.num_steps)
+        identity["number of steps"] = str(num_steps)
     per_step = args.gradient_accumulation_steps * args.world_size
-    for task, stream in trainer.streams.items():
-        rows = trainer.train_rows[task]
-        identity[f"{task.label} loss"] = repr(trainer.objectives[task])
+    for task, stream in streams.items():
+        rows = train_rows[task]
+        identity[f"{task.label} loss"] = repr(objectives[task])
         identity[f"{task.label} data"] = fingerprint_rows(rows)
         identity[f"{task.label} order"] = f"seed {stream.seed}"
         identity[f"{task.label} batch"] = (
@@ -66,6 +78,8 @@ def run_identity(trainer: JointTrainer) -> Identity:
         )
         if rows and "ref_chosen_logps" in rows[0]:
             identity[f"{task.label} reference"] = reference_of(rows)
+    for task, rows in value_rows.items():
+        identity[f"{task.label} value rows"] = fingerprint_rows(rows)
     return identity
 
 

@@ -23,14 +23,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
-from transformers import ProgressCallback, TrainerCallback, TrainingArguments
+from transformers import (
+    ProgressCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
-from llm.data.encode import fingerprint_rows
 from llm.loss.attention import attention_without_plans, packed_attention
 from llm.loss.objectives import Batch, Row, Terms, move
 from llm.loss.packing import split_rows, to_device, tokens_per_forward
 from llm.model.samples import ReferenceSamples
-from llm.train.callbacks import ProgressBar, StepEvents
+from llm.train.callbacks import ProgressBar
 from llm.train.identity import STATE_KEY, Identity, check_resume, run_identity
 from llm.train.reporting import Objectives, ReportingTrainer, RowSets
 from llm.train.streams import open_streams, steps_per_epoch
@@ -291,11 +296,16 @@ class JointTrainer(ReportingTrainer):
 
     @cached_property
     def _identity(self) -> Identity:
-        values = {
-            f"{task.label} value rows": fingerprint_rows(rows)
-            for task, rows in self.value_rows.items()
-        }
-        return run_identity(self) | values
+        return run_identity(
+            self.args,
+            self.model,
+            schedule=repr(self.scheduler),
+            num_steps=self.num_steps,
+            objectives=self.objectives,
+            streams=self.streams,
+            train_rows=self.train_rows,
+            value_rows=self.value_rows,
+        )
 
     @property
     def num_steps(self) -> int:
@@ -322,6 +332,32 @@ class JointTrainer(ReportingTrainer):
             values = self._probe(self.args.gradient_accumulation_steps)
             self._forwarded = {}  # the step probes anew if its schedule says so
             self.schedule = self.schedule._replace(values=values)
+
+
+class StepEvents(TrainerCallback):
+    """Ties the schedule to Trainer's events; `on_step_end` runs before a checkpoint is saved."""
+
+    def __init__(self, trainer: JointTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer.clock.start()
+        saved = cast(dict[str, Any], state.stateful_callbacks).get(STATE_KEY)
+        if saved is not None:
+            self.trainer._restore(saved)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer._close_step()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer._count_tokens()
+        self.trainer.clock.stop()
 
 
 def _side_by_side(parts: list[list[Batch]]) -> list[Batch]:
