@@ -23,7 +23,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llm.flags.parse import SCHEDULE_FLAGS, RunConfig, named_flags, parse
+from llm.flags.arguments import RunConfig
+from llm.flags.parse import SCHEDULE_FLAGS, named_flags, parse
 from llm.setup import Setup, prepare, total_steps
 from llm.single_runs import (
     SingleRun,

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from llm.flags.parse import PROG, JointArguments, RunConfig, parse, schedule_options
+from llm.flags.arguments import JointArguments, RunConfig
+from llm.flags.parse import PROG, parse, schedule_options
 from llm.optima import Optimum, find_optimum
 from llm.setup import Setup, make_trainer, prepare, total_steps
 from llm.train.callbacks import JsonLines

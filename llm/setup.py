@@ -19,7 +19,7 @@ from llm.data import embedded
 from llm.data.checks import check_max_length, check_shares, with_leaks_noted
 from llm.data.encode import Encoded, encode_preference, encode_sft
 from llm.data.formats import load_rows
-from llm.flags.parse import RunConfig
+from llm.flags.arguments import RunConfig
 from llm.layout import takes_packed_batches
 from llm.loss.objectives import DPOObjective, LanguageObjective, SFTObjective
 from llm.model.load import load_policy, load_tokenizer, with_adapters

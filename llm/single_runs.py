@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from llm.data.encode import fingerprint
-from llm.flags.parse import RunConfig
+from llm.flags.arguments import RunConfig
 from llm.loss.evaluate import by_length, device_of, evaluating
 from llm.loss.objectives import LanguageObjective, Row, move
 from llm.setup import Setup, make_trainer, total_steps

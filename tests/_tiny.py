@@ -17,7 +17,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, set_seed
 
 from llm.data import embedded
 from llm.data.encode import encode_preference, encode_sft
-from llm.flags.parse import JointArguments
+from llm.flags.arguments import JointArguments
 from llm.loss.evaluate import with_reference_logps
 from llm.loss.objectives import DPOObjective, LanguageObjective, Row, SFTObjective
 from llm.model.samples import ReferenceSamples

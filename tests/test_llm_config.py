@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from llm.flags.arguments import JointArguments
-from llm.flags.parse import SCHEDULE_FLAGS, TINY_RECIPE, RunConfig, parse, schedule_options
+from llm.flags.arguments import JointArguments, RunConfig
+from llm.flags.parse import SCHEDULE_FLAGS, TINY_RECIPE, parse, schedule_options
 from theory.cli import UserError, run_command
 from theory.registry import make_scheduler, scheduler_options
 from theory.schedulers import REGISTRY, Sequential

@@ -16,7 +16,8 @@ from _tiny import OBJECTIVES, PAD_ID, make_policy, short_run, train_rows
 
 import llm.optima
 import llm.single_runs
-from llm.flags.parse import RunConfig, parse
+from llm.flags.arguments import RunConfig
+from llm.flags.parse import parse
 from llm.optima import (
     FILE,
     Estimate,

@@ -14,8 +14,8 @@ from statistics import fmean
 from typing import Any
 
 from llm.compare.runs import Record
+from llm.flags.arguments import RunConfig
 from llm.flags.checks import is_adapter
-from llm.flags.parse import RunConfig
 from llm.loss.packing import row_tokens
 from llm.setup import Setup
 from llm.train.values import DEFAULT_ROWS

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from llm.compare.runs import Record, Run
 from llm.compare.settings import RUNS, CompareConfig
 from llm.compare.workers import Job, Workers, with_flags
-from llm.flags.parse import RunConfig
+from llm.flags.arguments import RunConfig
 from llm.setup import Setup
 from llm.single_runs import EVALUATION_SETTINGS, STEP_SETTINGS, problem
 from llm.train.identity import OPTIMISER_SETTINGS, settings

@@ -17,7 +17,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from llm.flags.parse import RunConfig
+from llm.flags.arguments import RunConfig
 from llm.optima import Optimum
 from llm.run import new_trainer
 from llm.setup import Setup

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from llm.flags.parse import RunConfig, named_flags, schedule_options
+from llm.flags.arguments import RunConfig
+from llm.flags.parse import named_flags, schedule_options
 from llm.flags.parse import parse as parse_run
 from theory.cli import OneLineParser, UserError, positive_float, positive_int, unit_float
 from theory.schedulers import ORDERS

@@ -26,7 +26,7 @@ import transformers
 
 from llm.compare.runs import Record, Run, train
 from llm.compare.settings import CompareConfig, check_jobs
-from llm.flags.parse import RunConfig
+from llm.flags.arguments import RunConfig
 from llm.flags.parse import parse as parse_run
 from llm.model.load import load_policy, with_adapters
 from llm.setup import Setup

@@ -26,8 +26,8 @@ from llm.features.build import BASE_POLICIES, BuildOptions, build
 from llm.features.candidates import Extraction, Extractor
 from llm.features.conflict import measure, report, vary
 from llm.features.figures import conflict_figure
-from llm.flags.arguments import DataArguments, ModelArguments
-from llm.flags.parse import RunConfig, parse
+from llm.flags.arguments import DataArguments, ModelArguments, RunConfig
+from llm.flags.parse import parse
 from llm.model.load import load_config
 from llm.setup import prepare
 from theory.cli import OneLineParser, UserError, positive_int, run_command

@@ -255,3 +255,37 @@ class JointArguments(TrainingArguments):
     def batch_size(self, task: Task) -> int:
         own = getattr(self, f"{task.label}_per_device_train_batch_size")
         return self.per_device_train_batch_size if own is None else own
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One validated command line."""
+
+    model: ModelArguments
+    data: DataArguments
+    training: JointArguments
+
+    @property
+    def embedded(self) -> bool:
+        return self.model.model_name_or_path is None
+
+    @property
+    def output_dir(self) -> str:
+        return str(self.training.output_dir)
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        """The objectives that the algorithm trains on."""
+        if self.training.algo in (task.label for task in Task):
+            return (Task[self.training.algo.upper()],)
+        return tuple(Task)
+
+    def max_length(self, task: Task) -> int | None:
+        return self._own_or_common(task, "max_length")
+
+    def max_train_rows(self, task: Task) -> int | None:
+        return self._own_or_common(task, "max_train_rows")
+
+    def _own_or_common(self, task: Task, name: str) -> int | None:
+        own = getattr(self.data, f"{task.label}_{name}")
+        return getattr(self.data, name) if own is None else own

@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from llm.data.formats import is_missing_file
+from llm.flags.arguments import RunConfig
 from theory.cli import UserError
 from theory.tasks import Task
-
-if TYPE_CHECKING:
-    from llm.flags.parse import RunConfig
 
 LORA_FLAGS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
 OWN_FLAGS = (

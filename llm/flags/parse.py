@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import yaml
 from transformers import HfArgumentParser
 from transformers.trainer_utils import SaveStrategy
 
-from llm.flags.arguments import DataArguments, JointArguments, ModelArguments
+from llm.flags.arguments import DataArguments, JointArguments, ModelArguments, RunConfig
 from llm.flags.checks import check_batch_flags, check_data_flags, check_model_flags
 from llm.loss.losses import check_preference_options
 from llm.train.values import check_value_options
@@ -35,40 +34,6 @@ SCHEDULE_FLAGS |= {"value_source": "value_ema", "value_rows": "value_ema"}
 """Flag of the command line -> option of the schedulers that use it."""
 UNSUPPORTED_FLAGS = ("label_smoothing_factor", "auto_find_batch_size")
 """Flags of TrainingArguments that this trainer would not obey."""
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """One validated command line."""
-
-    model: ModelArguments
-    data: DataArguments
-    training: JointArguments
-
-    @property
-    def embedded(self) -> bool:
-        return self.model.model_name_or_path is None
-
-    @property
-    def output_dir(self) -> str:
-        return str(self.training.output_dir)
-
-    @property
-    def tasks(self) -> tuple[Task, ...]:
-        """The objectives that the algorithm trains on."""
-        if self.training.algo in (task.label for task in Task):
-            return (Task[self.training.algo.upper()],)
-        return tuple(Task)
-
-    def max_length(self, task: Task) -> int | None:
-        return self._own_or_common(task, "max_length")
-
-    def max_train_rows(self, task: Task) -> int | None:
-        return self._own_or_common(task, "max_train_rows")
-
-    def _own_or_common(self, task: Task, name: str) -> int | None:
-        own = getattr(self.data, f"{task.label}_{name}")
-        return getattr(self.data, name) if own is None else own
 
 
 def parse(argv: Sequence[str]) -> RunConfig:

@@ -25,7 +25,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from peft import PeftModel
 
 from llm.data.encode import Encoded, fingerprint
-from llm.flags.parse import RunConfig
+from llm.flags.arguments import RunConfig
 from llm.loss.evaluate import evaluate_objective, with_reference_logps
 from llm.loss.objectives import LanguageObjective, Row
 from llm.model.load import load_reference

@@ -26,7 +26,7 @@ import torch
 from transformers import GenerationConfig
 
 from llm.data.encode import fingerprint_rows
-from llm.flags.parse import RunConfig
+from llm.flags.arguments import RunConfig
 from llm.loss.evaluate import by_length, device_of, evaluating
 from llm.loss.forward import response_logps
 from llm.loss.objectives import Row, SFTObjective, move

@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
-from llm.flags.arguments import DataArguments, ModelArguments
-from llm.flags.parse import TINY_RECIPE, JointArguments
+from llm.flags.arguments import DataArguments, JointArguments, ModelArguments
+from llm.flags.parse import TINY_RECIPE
 from llm.report.record import RunRecord
 
 DICTS = {"lr_scheduler_kwargs"}
