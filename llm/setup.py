@@ -21,6 +21,7 @@ from llm.data.encode import Encoded, encode_preference, encode_sft
 from llm.data.formats import load_rows
 from llm.flags.arguments import RunConfig
 from llm.layout import takes_packed_batches
+from llm.loss.kl import ReferenceSamples
 from llm.loss.objectives import DPOObjective, LanguageObjective, SFTObjective
 from llm.model.load import load_policy, load_tokenizer, with_adapters
 from llm.model.reference import (
@@ -29,7 +30,7 @@ from llm.model.reference import (
     check_start,
     starts_at_reference,
 )
-from llm.model.samples import ReferenceSamples, samples_of_run
+from llm.model.samples import samples_of_run
 from llm.train.streams import open_streams, steps_per_epoch
 from llm.train.trainer import JointTrainer
 from llm.train.values import split_values

@@ -19,8 +19,8 @@ from llm.data import embedded
 from llm.data.encode import encode_preference, encode_sft
 from llm.flags.arguments import JointArguments
 from llm.loss.evaluate import with_reference_logps
+from llm.loss.kl import ReferenceSamples
 from llm.loss.objectives import DPOObjective, LanguageObjective, Row, SFTObjective
-from llm.model.samples import ReferenceSamples
 from llm.train.trainer import JointTrainer
 from theory.schedulers import Scheduler
 from theory.tasks import Task

@@ -12,8 +12,9 @@ from _tiny import PAD_ID, TOKENIZER, eval_rows, make_policy, make_trainer
 from transformers import GenerationConfig, GPTNeoXForCausalLM
 
 from llm.flags.parse import parse
+from llm.loss.kl import ReferenceSamples
 from llm.loss.objectives import Row
-from llm.model.samples import FILE, ReferenceSamples, sample_reference, samples_of_run
+from llm.model.samples import FILE, sample_reference, samples_of_run
 from theory.cli import UserError
 from theory.schedulers import Single
 from theory.tasks import Task

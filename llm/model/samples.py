@@ -1,13 +1,4 @@
-"""How far the policy has moved from the reference: KL(ref || pi), in nats per sequence.
-
-Completions y ~ ref are drawn once, before training, and log ref(y|x) is kept. Then
-
-    KL(ref || pi) = E_{y ~ ref} [log ref(y|x) - log pi(y|x)]
-
-is estimated without bias at every evaluation by one forward pass of the policy, with no reference
-in memory. The other direction, KL(pi || ref), would need new samples from the policy, and the
-reference to score them, at every evaluation. This direction is large where the policy has lost what
-the reference does, that is, where it forgets.
+"""Completions of the reference, y ~ ref, for the KL to it (`llm.loss.kl`): drawn once and kept.
 
 Responses are cut at `max_new_tokens`: it is the KL of the responses up to there, a lower bound of
 the whole (data processing). A response that ends contains its end-of-sequence token.
@@ -15,10 +6,8 @@ the whole (data processing). A response that ends contains its end-of-sequence t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,35 +16,14 @@ from transformers import GenerationConfig
 
 from llm.data.encode import fingerprint_rows
 from llm.flags.arguments import RunConfig
-from llm.loss.evaluate import by_length, device_of, evaluating
-from llm.loss.forward import response_logps
-from llm.loss.objectives import Row, SFTObjective, move
+from llm.loss.evaluate import device_of, evaluating
+from llm.loss.kl import ReferenceSamples, score
+from llm.loss.objectives import Row
 from llm.model.reference import mixed_precision, reference_model
 from theory.records import digest, read_json, write_json
 
 FILE = "kl_samples.json"
 MOST_NEW_TOKENS = 128
-
-
-@dataclass(frozen=True)
-class ReferenceSamples:
-    """Rows with `prompt_ids`, `completion_ids` (y ~ ref) and `ref_logps` = log ref(y|x)."""
-
-    rows: tuple[Row, ...]
-    packing: bool = True
-
-    def kl(self, model: torch.nn.Module, *, batch_size: int, pad_token_id: int) -> dict[str, float]:
-        """KL(ref || pi) of `model`, nats per sequence; `_se` its standard error; `_per_token`."""
-        logps = _score(model, self.rows, batch_size, pad_token_id, self.packing)
-        ratios = torch.tensor([row["ref_logps"] for row in self.rows]).double() - logps
-        tokens = sum(len(row["completion_ids"]) for row in self.rows)
-        values = {
-            "kl_reference": float(ratios.mean()),
-            "kl_reference_per_token": float(ratios.sum()) / tokens,
-        }
-        if len(ratios) > 1:
-            values["kl_reference_se"] = float(ratios.std(correction=1)) / math.sqrt(len(ratios))
-        return values
 
 
 def sample_reference(
@@ -97,7 +65,7 @@ def sample_reference(
                 {"prompt_ids": list(prompt), "completion_ids": completion}
                 for prompt, completion in zip(batch, completions, strict=True)
             ]
-    logps = _score(reference, samples, batch_size, pad_token_id, packing).tolist()
+    logps = score(reference, samples, batch_size, pad_token_id, packing).tolist()
     scored = (row | {"ref_logps": value} for row, value in zip(samples, logps, strict=True))
     return ReferenceSamples(tuple(scored), packing)
 
@@ -149,22 +117,6 @@ def _read(path: Path, key: str, packing: bool) -> ReferenceSamples | None:
 def _key(rows: Sequence[Row], count: int, options: dict[str, Any]) -> str:
     logps = [[row["ref_chosen_logps"], row["ref_rejected_logps"]] for row in rows]
     return digest([fingerprint_rows(rows), logps, count, options])
-
-
-@torch.no_grad()
-def _score(
-    model: torch.nn.Module, rows: Sequence[Row], batch_size: int, pad_token_id: int, packing: bool
-) -> torch.Tensor:
-    """log pi(y|x) of each row, in the order of the rows: float64 on the host."""
-    objective, parts, order = SFTObjective(packing), [], []
-    with evaluating(model):
-        for chunk in by_length(range(len(rows)), rows, batch_size):
-            batch = objective.collate([rows[i] for i in chunk], pad_token_id)
-            parts.append(response_logps(model, move(batch, device_of(model))).sums())
-            order += list(chunk)
-    logps = torch.empty(len(rows), dtype=torch.float64)
-    logps[order] = torch.cat(parts).double().cpu()
-    return logps
 
 
 def _complete(

@@ -8,7 +8,7 @@ X_steps, X_tokens                   since the start; tokens of the rows drawn, o
                                     prompt once and without padding
 time_data, time_forward, ...        shares of the time since the last line (`llm.train.meters`)
 eval_X_loss, ...                    the same on held-out rows
-eval_kl_reference                   KL(ref || policy) in nats per response (`llm.model.samples`)
+eval_kl_reference                   KL(ref || policy) in nats per response (`llm.loss.kl`)
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from typing import Any, cast
 import torch
 
 from llm.loss.evaluate import evaluate_objective, held_out_summary
+from llm.loss.kl import ReferenceSamples
 from llm.loss.objectives import LanguageObjective, Row
-from llm.model.samples import ReferenceSamples
 from llm.train.steps import ScheduledSteps
 from theory.cli import UserError
 from theory.tasks import Task

@@ -32,9 +32,9 @@ from transformers import (
 )
 
 from llm.loss.attention import attention_without_plans, packed_attention
+from llm.loss.kl import ReferenceSamples
 from llm.loss.objectives import Batch, Row, Terms, move
 from llm.loss.packing import split_rows, to_device, tokens_per_forward
-from llm.model.samples import ReferenceSamples
 from llm.train.callbacks import ProgressBar
 from llm.train.identity import STATE_KEY, Identity, check_resume, run_identity
 from llm.train.reporting import Objectives, ReportingTrainer, RowSets
@@ -57,7 +57,7 @@ class JointTrainer(ReportingTrainer):
             reference's log-probabilities.
         value_rows: rows per task that a probe of MAXRIGHT reads, the same every time; without them
             it reads the batches of the next step (see `llm.train.values`).
-        reference_samples: what the KL to the reference is estimated on (see `llm.model.samples`).
+        reference_samples: what the KL to the reference is estimated on (see `llm.loss.kl`).
         batch_sizes: rows (pairs) per device and micro-batch of each task.
         processing_class: the tokenizer; its pad token pads the batches.
         description: what the progress bar calls the run.
