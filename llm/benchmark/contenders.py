@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from llm.benchmark.device import now
 from llm.benchmark.paper_way import PaperTrainer, second_copy
 from llm.benchmark.plan import Job
-from llm.benchmark.shapes import EOS, SHAPES, Batches, Shape, build_model, with_adapters
+from llm.benchmark.shapes import EOS, SHAPES, build_model, with_adapters
+from llm.benchmark.shared import (
+    Built,
+    RowSets,
+    common_arguments,
+    compact,
+    shape_of,
+    tasks_of,
+    tokenizer_for,
+)
 from llm.loss.collate import collate_sft
 from llm.loss.evaluate import with_reference_logps
-from llm.loss.objectives import DPOObjective, LanguageObjective, Row, SFTObjective
+from llm.loss.objectives import DPOObjective, LanguageObjective, SFTObjective
 from llm.train.trainer import JointTrainer
 from theory.schedulers import (
     Alright,
@@ -36,7 +42,6 @@ LAM = 0.5
 BLOCK = 10
 ALL_IN_ONE = Task.SFT
 """The objective of the overhead suite: batches like a plain Trainer's, on both streams."""
-RowSets = dict[Task, list[Row]]
 
 
 class _Forced(Scheduler):
@@ -60,21 +65,6 @@ class ForcedMaxright(_Forced, Maxright):
     pass
 
 
-@dataclass(frozen=True)
-class Built:
-    """A trainer ready to train, the steps of its rounds, and what was measured on the way."""
-
-    trainer: Trainer
-    steps: int
-    notes: dict[str, Any]
-
-
-def shape_of(job: Job) -> Shape:
-    """The shape as the job tells it: through JSON, which knows neither tuples nor classes."""
-    fields = job.shape | {"lora_targets": tuple(job.shape["lora_targets"])}
-    return Shape(**fields | {key: Batches(**job.shape[key]) for key in ("alone", "joint")})
-
-
 def builder(side: str) -> Callable[[Job, RowSets, TrainerCallback], Built]:
     """What builds the contenders of a side. Asking for it imports what it needs."""
     if side.startswith("trl"):
@@ -82,30 +72,6 @@ def builder(side: str) -> Callable[[Job, RowSets, TrainerCallback], Built]:
 
         return trl_way.build
     return {"paper": build_paper, "trainer": build_plain}.get(side, build_ours)
-
-
-# ------------------------------------------------------------------------------ what is shared
-
-
-def common_arguments(job: Job, steps: int | None = None) -> dict[str, Any]:
-    """transformers' arguments, the same for every contender; nothing is logged or saved."""
-    total = (steps or job.steps) * (job.rounds + 1)
-    checkpointing = {"gradient_checkpointing": True} if shape_of(job).checkpointing else {}
-    return {
-        "output_dir": job.folder,
-        "max_steps": total,
-        "logging_steps": total + 1,
-        "learning_rate": 1e-5,
-        "lr_scheduler_type": "constant",
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": job.device == "cpu",
-        "bf16": job.device == "cuda",
-        "dataloader_pin_memory": job.device == "cuda",
-        "seed": 0,
-        **checkpointing,
-    }
 
 
 def scheduler_of(job: Job) -> Scheduler:
@@ -119,21 +85,6 @@ def scheduler_of(job: Job) -> Scheduler:
     if name == "maxright":
         return ForcedMaxright(LAM, (0.0, 0.0), refresh_every=int(period))
     return ForcedAlright(LAM)
-
-
-def tasks_of(job: Job) -> list[Task]:
-    return [Task[job.algo.upper()]] if job.algo in ("sft", "dpo") else list(Task)
-
-
-def tokenizer_for(shape: Shape) -> PreTrainedTokenizerFast:
-    """Trainers want a tokenizer; all they read here is the id that pads."""
-    raw = Tokenizer(models.WordLevel({"<eos>": EOS, "<unk>": shape.vocab_size - 1}, "<unk>"))
-    return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<eos>", pad_token="<eos>")
-
-
-def compact(rows: list[Row]) -> list[Row]:
-    """As `llm.data.encode` holds them: ids in arrays."""
-    return [{key: array("i", ids) for key, ids in row.items()} for row in rows]
 
 
 # ------------------------------------------------------------------------------------------- ours

@@ -17,16 +17,10 @@ from datasets import Dataset
 from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from llm.benchmark.contenders import (
-    Built,
-    RowSets,
-    common_arguments,
-    shape_of,
-    tokenizer_for,
-)
 from llm.benchmark.paper_way import second_copy
 from llm.benchmark.plan import Job
 from llm.benchmark.shapes import build_model
+from llm.benchmark.shared import Built, RowSets, common_arguments, shape_of, tokenizer_for
 from llm.loss.losses import IGNORE_INDEX
 from llm.loss.objectives import Row
 from theory.tasks import Task

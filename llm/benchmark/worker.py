@@ -18,9 +18,10 @@ from typing import Any, TextIO
 import torch
 from transformers import TrainerCallback, TrainerControl
 
-from llm.benchmark.contenders import RowSets, builder
+from llm.benchmark.contenders import builder
 from llm.benchmark.device import now, peak_mib, used_mib
 from llm.benchmark.plan import Job
+from llm.benchmark.shared import RowSets
 from theory.tasks import Task
 
 
