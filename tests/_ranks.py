@@ -20,6 +20,7 @@ from accelerate import DistributedType, PartialState
 if __name__ == "__main__":  # launched by path: the package and the helpers are not installed
     sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
+from _gram import MinNorm
 from _tiny import BATCH_SIZES, arguments, eval_rows, make_policy, make_trainer
 
 from llm.train.trainer import JointTrainer
@@ -29,6 +30,7 @@ SGD: dict[str, Any] = {"optim": "sgd", "learning_rate": 0.3, "max_steps": 8}
 """Plain steps: AdamW would blow rounding up where a gradient is nearly zero."""
 RUNS: dict[str, dict[str, Any]] = {
     "mix": {"scheduler": Mix(0.3)} | SGD,
+    "both gradients": {"scheduler": MinNorm(with_losses=True)} | SGD,
     "alright": {"scheduler": Alright(0.5, seed=4)} | SGD,
     "maxright": {"scheduler": Maxright(0.85, (0.0, 0.0), refresh_every=3)} | SGD,
     "maxright, accumulation": {

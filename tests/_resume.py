@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _gram import MinNorm
 from _tiny import (
     make_policy,
     make_trainer,
@@ -39,6 +40,7 @@ SCHEDULERS: dict[str, Scheduler] = {
     "maxright, at a probe": Maxright(0.85, (0.0, 0.0), refresh_every=AT),
     "importance": Importance(0.3, 0.6, seed=4),
     "alternate": Alternate(0.5, 3),
+    "both gradients": MinNorm(),
     "dpo": Single(Task.DPO),
     "sft": Single(Task.SFT),
 }

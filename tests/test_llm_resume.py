@@ -44,7 +44,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:Fu
 
 
 def test_every_algorithm_is_tested_here() -> None:
-    assert {name.split(",")[0] for name in SCHEDULERS} == set(REGISTRY)
+    assert {name.split(",")[0] for name in SCHEDULERS} >= set(REGISTRY)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

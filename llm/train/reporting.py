@@ -40,9 +40,6 @@ class ReportingTrainer(ScheduledSteps):
     tokens_seen: dict[Task, int]
     _tokens_drawn: dict[Task, int]
 
-    def _sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
-        return self.accelerator.reduce(values, "sum") if self.args.world_size > 1 else values
-
     def evaluate(
         self,
         eval_dataset: Any = None,

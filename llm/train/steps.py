@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,19 +15,19 @@ from transformers.optimization import get_scheduler
 
 from llm.train.checkpoints import SafeCheckpoints
 from llm.train.clipping import StepNorms
+from llm.train.gram import StepProbe, TwoGradients
 from llm.train.meters import Clock, Meters
 from theory.cli import UserError
-from theory.schedulers import Mix, Scheduler, ScheduleState, Sequential, Single
+from theory.schedulers import Probe, Scheduler, ScheduleState
 from theory.tasks import Task
-
-CLIPPED_ALIKE = (Single, Sequential, Mix)
-"""Schedules that have nothing to distort: `llm.train.clipping` says why."""
 
 
 class ScheduledSteps(SafeCheckpoints):
     """A Trainer whose steps follow a schedule; a subclass decides, draws and computes the loss.
 
-    Before each step it sets `step_weights`, the weights (2,) of the objectives in it.
+    Before each step it calls `decide` and clears `step_losses`, where `compute_loss` adds up the
+    losses of the step on this rank. A schedule that reads gradients decides in the step itself:
+    its micro-batches come without weights.
     """
 
     scheduler: Scheduler
@@ -40,9 +41,22 @@ class ScheduledSteps(SafeCheckpoints):
         self.clock, self.meters = Clock(args.device), Meters(args.device)
         self.step_norms = StepNorms(args.device)
         self.step_weights: NDArray[np.float64] = np.zeros(len(Task))
+        self.step_losses: dict[Task, torch.Tensor] = {}
+        self.decisions: list[list[float]] = []
+        self._check_what_the_schedule_needs(args)
+
+    def _check_what_the_schedule_needs(self, args: TrainingArguments) -> None:
+        # Where all steps of a stage have the same weights, clipping has nothing to distort.
         clips = self.clipping == "global" and args.max_grad_norm > 0.0
-        if clips and self.is_deepspeed_enabled and not isinstance(self.scheduler, CLIPPED_ALIKE):
+        if clips and self.is_deepspeed_enabled and not self.scheduler.steady:
             raise UserError("DeepSpeed clips each step by itself: pass --clipping per_step")
+        if self.scheduler.reads_gram and (self.is_deepspeed_enabled or args.fp16):
+            what = (
+                "DeepSpeed keeps the gradients to itself"
+                if self.is_deepspeed_enabled
+                else ("--fp16 scales the gradients")
+            )
+            raise UserError(f"{what}: a schedule that compares the two gradients cannot see them")
 
     @property
     def stepped(self) -> list[Task]:
@@ -62,12 +76,49 @@ class ScheduledSteps(SafeCheckpoints):
         `compute_loss` marks where a forward begins and ends.
         """
         self.clock.switch("data")
+        if inputs["weights"] is None:
+            return self._step_on_both(model, inputs, num_items_in_batch)
         shared = {key: value for key, value in inputs.items() if key != "parts"}
         losses = []
         for part in inputs["parts"]:
             losses.append(super().training_step(model, shared | part, num_items_in_batch))
         self.clock.switch("other")
         return sum(losses[1:], losses[0])
+
+    def _step_on_both(self, model: torch.nn.Module, inputs: dict[str, Any], items: Any) -> Any:
+        """Each objective's gradient by itself; behind the last micro-batch the schedule decides."""
+        for task in Task:
+            own = [{task.label: p[task.label]} for p in inputs["parts"] if task.label in p]
+            alone = {"weights": np.eye(len(Task))[task].tolist(), "parts": own}
+            with self.gradients.of(task):
+                self.training_step(model, inputs | alone, items)
+        if not self.accelerator.sync_gradients:
+            return torch.zeros((), device=self.args.device)
+        self.decide(StepProbe(self.losses_of_step, self.gradients))
+        self.gradients.combine(self.step_weights.tolist())
+        shares = [
+            w * self.step_losses[task] for task, w in zip(Task, self.step_weights, strict=True)
+        ]
+        return torch.stack(shares).sum() * self.args.world_size
+
+    def decide(self, probe: Probe) -> None:
+        """Ask the schedule what this step trains on."""
+        self.step_weights, self.schedule = self.scheduler.select(self.schedule, probe)
+        self.decisions.append(self.step_weights.tolist())
+
+    def losses_of_step(self) -> torch.Tensor:
+        """Of all micro-batches and ranks, (2,); NaN for an objective that is not stepped on."""
+        unknown = torch.full((), torch.nan, device=self.args.device)
+        so_far = torch.stack([self.step_losses.get(task, unknown) for task in Task])
+        return self._sum_over_ranks(so_far)
+
+    def _sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
+        return self.accelerator.reduce(values, "sum") if self.args.world_size > 1 else values
+
+    @cached_property
+    def gradients(self) -> TwoGradients:
+        """Where the gradients of a step wait for the schedule."""
+        return TwoGradients(self.model.parameters())
 
     # ------------------------------------------------------------------- gradient norm, clipping
 

@@ -40,7 +40,7 @@ from llm.train.identity import STATE_KEY, Identity, check_resume, run_identity
 from llm.train.reporting import Objectives, ReportingTrainer, RowSets
 from llm.train.streams import open_streams, steps_per_epoch
 from llm.train.values import copied_early, share_of_rank, summed_loss
-from theory.schedulers import Scheduler, ScheduleState
+from theory.schedulers import LossProbe, Scheduler, ScheduleState
 from theory.tasks import Task
 
 
@@ -103,8 +103,6 @@ class JointTrainer(ReportingTrainer):
         self.tokens_seen = dict.fromkeys(self.streams, 0)
         self._tokens_drawn = dict.fromkeys(self.streams, 0)  # on this rank, not yet in tokens_seen
         self.probes = 0
-        self.decisions: list[list[float]] = []
-        self._step_losses: dict[Task, torch.Tensor] = {}
         self._observed: Callable[[], NDArray[np.float64]] | None = None
         self._forwarded: dict[Task, tuple[Batch, Terms]] = {}
         self._tokens_per_forward = tokens_per_forward(args)
@@ -136,22 +134,21 @@ class JointTrainer(ReportingTrainer):
         self._load_rng_state(self._resumed_from)
         self.clock.switch("data")
         self._restart_at_stage()
-        weights, self.schedule = self.scheduler.select(
-            self.schedule, lambda: self._probe(num_batches)
-        )
-        self.decisions.append(weights.tolist())
-        self.step_weights = weights
+        self.step_losses = {}
+        # Gradients that a schedule reads come from the step itself: it decides behind them.
+        undecided = self.scheduler.reads_gram
+        if not undecided:
+            self.decide(LossProbe(lambda: self._probe(num_batches)))
         parts: list[list[list[Batch]]] = [[] for _ in range(num_batches)]
         counts = [0] * len(Task)
-        for task in self.stepped:
+        for task in Task if undecided else self.stepped:
             drawn = self._draw(task, num_batches)
             counts[task] = sum(self.objectives[task].items(rows) for rows in drawn)
             for micro_batch, rows in zip(parts, drawn, strict=True):
                 micro_batch.append(self._parts(task, rows))
         self._forwarded = {}  # what the probe computed for the objective that lost is dropped here
         items = self._sum_over_ranks(to_device(torch.tensor(counts, dtype=torch.float32), device))
-        self._step_losses = {}
-        shared = {"weights": weights.tolist(), "items": items}
+        shared = {"weights": None if undecided else self.step_weights.tolist(), "items": items}
         return [shared | {"parts": _side_by_side(each)} for each in parts], items.sum()
 
     def _parts(self, task: Task, rows: list[Row]) -> list[Batch]:
@@ -238,16 +235,14 @@ class JointTrainer(ReportingTrainer):
             if terms is None:
                 terms = self.objectives[task](model, inputs[task.label])
             share = terms.total / inputs["items"][task]
-            self._step_losses[task] = self._step_losses.get(task, 0.0) + share.detach()
+            self.step_losses[task] = self.step_losses.get(task, 0.0) + share.detach()
             self._meter(task, terms.sums)
             # Data-parallel wrappers average gradients over ranks; the shares are to be summed.
             weighted = share * (inputs["weights"][task] * self.args.world_size)
             loss = weighted if loss is None else loss + weighted
         last = self.accelerator.sync_gradients  # micro-batch of the step
         if last and self.scheduler.reads_losses and not self.value_rows:
-            unknown = torch.full((), torch.nan, device=self.args.device)
-            so_far = torch.stack([self._step_losses.get(task, unknown) for task in Task])
-            self._observed = copied_early(self._sum_over_ranks(so_far))
+            self._observed = copied_early(self.losses_of_step())
         self.clock.switch("backward")
         assert loss is not None  # no schedule leaves a step without an objective
         return loss
@@ -258,7 +253,7 @@ class JointTrainer(ReportingTrainer):
         observed, self._observed = self._observed, None
         losses = None if observed is None else observed()
         self.schedule = self.scheduler.observe(self.schedule, losses)
-        for task, value in self._step_losses.items():
+        for task, value in self.step_losses.items():
             # A rank knows its share of the loss; the mean over ranks is to be the whole.
             self._meter(task, {"loss": (value * self.args.world_size, 1)})
 

@@ -1,4 +1,4 @@
-"""Where MAXRIGHT gets its losses from on a language model; the counterpart of `theory.values`.
+"""Where a schedule that compares losses (MAXRIGHT) gets them from; as `theory.values`.
 
 train     the batches that the next step of each objective would train on; between two probes the
           loss of the stepped batch renews the value of its objective (`same` in the theory). The
@@ -26,7 +26,7 @@ from torch import Tensor
 from llm.loss.evaluate import by_length, device_of, evaluating
 from llm.loss.objectives import LanguageObjective, Row, move
 from theory.cli import UserError
-from theory.schedulers import Maxright, Scheduler
+from theory.schedulers import Scheduler
 from theory.tasks import Task
 
 SOURCES = ("train", "held_out")
@@ -65,7 +65,7 @@ def split_values(
 ) -> tuple[dict[Task, Sequence[Row]], dict[Task, Sequence[Row]]]:
     """(rows to train on, rows to probe on) as `--value_source` says; the latter may be none."""
     train, probed = dict(train_rows), dict[Task, Sequence[Row]]()
-    if isinstance(scheduler, Maxright) and getattr(arguments, "value_source", None) == "held_out":
+    if scheduler.probes_losses and getattr(arguments, "value_source", None) == "held_out":
         count = DEFAULT_ROWS if arguments.value_rows is None else arguments.value_rows
         for task, rows in train_rows.items():
             train[task], probed[task] = set_aside(rows, count, arguments.seed, task.label)
