@@ -10,6 +10,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from llm.data.encode import encode_preference, encode_sft
 from llm.flags.arguments import JointArguments
 from llm.loss.evaluate import with_reference_logps
 from llm.loss.kl import ReferenceSamples
-from llm.loss.objectives import DPOObjective, LanguageObjective, Row, SFTObjective
+from llm.loss.objectives import Batch, DPOObjective, LanguageObjective, Row, SFTObjective
 from llm.train.trainer import JointTrainer
 from theory.schedulers import Scheduler
 from theory.tasks import Task
@@ -50,6 +51,20 @@ def make_policy(seed: int = 0, **overrides: Any) -> GPTNeoXForCausalLM:
     }
     set_seed(seed)
     return GPTNeoXForCausalLM(GPTNeoXConfig(**(options | overrides)))
+
+
+class _Says(torch.nn.Module):
+    def __init__(self, logits: torch.Tensor) -> None:
+        super().__init__()
+        self.logits = logits
+
+    def forward(self, **_: Any) -> Any:
+        return SimpleNamespace(logits=self.logits)
+
+
+def given(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.nn.Module, Batch]:
+    """A model that says `logits` (B, T, V), and the padded batch with `labels` (B, T)."""
+    return _Says(logits), {"input_ids": labels, "attention_mask": labels, "labels": labels}
 
 
 @lru_cache(maxsize=1)

@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from _tiny import make_trainer
+from _tiny import given, make_trainer
 from numpy.typing import NDArray
 
 import theory
-from llm.loss.losses import dpo_loss, sft_sequence_loss, token_logps
+from llm.loss.losses import dpo_loss, token_logps
+from llm.loss.objectives import SFTObjective
 from theory.objectives import LogisticDPO, Quadratic, SoftmaxSFT, response_log_probs
 from theory.problems import Problem
 from theory.schedulers import Alright, Alternate, Importance, Maxright, Mix, Scheduler, Sequential
@@ -154,11 +155,11 @@ def test_the_sft_losses_agree(seed: int) -> None:
     logits[:, 0] = torch.from_numpy(phi @ theta)
     labels = torch.full((6, 2), -100)
     labels[:, 1] = torch.from_numpy(demonstrated)
-    logps, mask = token_logps(logits, labels)
+    logps, _ = token_logps(logits, labels)
     expected = response_log_probs(phi, theta)[np.arange(6), demonstrated]
     np.testing.assert_allclose(logps[:, 0].numpy(), expected, rtol=0, atol=EXACT)
-    loss = sft_sequence_loss(logps, mask).item()
-    assert loss == pytest.approx(float(convex.value(theta)), abs=EXACT)
+    total, count = SFTObjective()(*given(logits, labels)).sums["sequence_loss"]
+    assert total.item() / count == pytest.approx(float(convex.value(theta)), abs=EXACT)
 
 
 # --- the one-way dependency

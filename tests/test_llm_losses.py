@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from _tiny import given as given_logits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm.data.encode import encode_preference, encode_sft
 from llm.loss import losses
-from llm.loss.collate import collate_preference, collate_sft
+from llm.loss.collate import collate_preference
+from llm.loss.forward import response_logps
 from llm.loss.losses import (
     LENGTH_NORMALISED_LOSS_TYPES,
     LOSS_TYPES,
@@ -22,12 +24,9 @@ from llm.loss.losses import (
     check_preference_options,
     dpo_loss,
     label_logps,
-    response_lengths,
-    sequence_logps,
-    sft_loss,
-    sft_sequence_loss,
     token_logps,
 )
+from llm.loss.objectives import SFTObjective
 
 LENGTHS = {"chosen_lengths": torch.tensor([3.0, 2.0]), "rejected_lengths": torch.tensor([4.0, 5.0])}
 floats = st.floats(-50.0, 50.0, allow_nan=False)
@@ -42,6 +41,14 @@ def loss_at(margin: float, **options: Any) -> float:
     zero = float64(0.0)
     lengths = {"chosen_lengths": float64(1.0), "rejected_lengths": float64(1.0)}
     return dpo_loss(float64(margin), zero, zero, zero, **lengths, **options).losses.item()
+
+
+def sequence_logps(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return response_logps(*given_logits(logits, labels)).sums()
+
+
+def sft_total(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return SFTObjective()(*given_logits(logits, labels)).total
 
 
 def log_sigmoid(x: float) -> float:
@@ -75,7 +82,8 @@ def test_position_t_predicts_token_t_plus_1() -> None:
     for b, t in mask.nonzero().tolist():
         row = [math.exp(v) for v in logits[b, t].tolist()]
         assert logps[b, t].item() == pytest.approx(math.log(row[labels[b, t + 1]] / sum(row)))
-    assert mask.sum(-1).tolist() == [3, 1, 0] == response_lengths(labels).tolist()
+    lengths = response_logps(*given_logits(logits, labels)).lengths()
+    assert mask.sum(-1).tolist() == [3, 1, 0] == lengths.tolist()
     assert (logps[~mask] == 0).all()
 
 
@@ -186,19 +194,21 @@ def test_shapes_that_do_not_match_are_refused() -> None:
 
 
 def test_sft_losses_by_hand() -> None:
-    logps = torch.tensor([[-1.0, -2.0, 9.0], [-4.0, 9.0, 9.0]])
-    mask = torch.tensor([[True, True, False], [True, False, False]])
-    assert sft_loss(logps, mask).item() == pytest.approx(7 / 3)
-    assert sft_loss(logps, mask, num_tokens=14).item() == pytest.approx(0.5)
-    assert sft_sequence_loss(logps, mask).item() == pytest.approx((3 + 4) / 2)
+    # Of two tokens the first is the label; 9 is the log of no probability, and does not count.
+    logps = torch.tensor([[-1.0, -2.0, 9.0, 9.0], [-4.0, 9.0, 9.0, 9.0]])
+    logits = torch.stack([logps, torch.log1p(-logps.exp())], dim=-1)
+    labels = torch.tensor([[-100, 0, 0, -100], [-100, 0, -100, -100]])
+    terms = SFTObjective()(*given_logits(logits, labels))
+    assert terms.total.item() / 3 == pytest.approx(7 / 3)
+    total, count = terms.sums["sequence_loss"]
+    assert total.item() / count == pytest.approx((3 + 4) / 2)
 
 
 def test_accumulation_with_the_global_count_is_exact() -> None:
     logits, labels = random_batch()
     logits.requires_grad_()
-    logps, mask = token_logps(logits, labels)
-    whole = sft_loss(logps, mask)
-    parts = [sft_loss(*token_logps(logits[i : i + 1], labels[i : i + 1]), 4) for i in range(3)]
+    whole = sft_total(logits, labels) / 4
+    parts = [sft_total(logits[i : i + 1], labels[i : i + 1]) / 4 for i in range(3)]
     torch.testing.assert_close(sum(parts), whole)
     (expected,) = torch.autograd.grad(whole, logits)
     (actual,) = torch.autograd.grad(torch.stack(parts).sum(), logits)
@@ -206,8 +216,7 @@ def test_accumulation_with_the_global_count_is_exact() -> None:
 
 
 def test_sft_loss_without_tokens_is_zero_not_nan() -> None:
-    logps, mask = token_logps(torch.zeros(1, 3, 4), torch.full((1, 3), -100))
-    assert sft_loss(logps, mask).item() == 0.0
+    assert sft_total(torch.zeros(1, 3, 4), torch.full((1, 3), -100)).item() == 0.0
 
 
 # --- DPO
@@ -423,13 +432,12 @@ def models(tokenizer: Any) -> tuple[Any, Any]:
 def our_terms(models: tuple[Any, Any], tokenizer: Any, **options: Any) -> torch.Tensor:
     rows = encode_preference(PAIRS, tokenizer, max_length=64, name="pairs").rows
     batch = collate_preference(rows, tokenizer.pad_token_id)
-    labels = batch.pop("labels")
     with torch.no_grad():
-        policy, reference = (sequence_logps(model(**batch).logits, labels) for model in models)
-    lengths = response_lengths(labels).chunk(2)
+        policy, reference = (response_logps(model, batch) for model in models)
+    lengths = policy.lengths().chunk(2)
     return dpo_loss(
-        *policy.chunk(2),
-        *reference.chunk(2),
+        *policy.sums().chunk(2),
+        *reference.sums().chunk(2),
         chosen_lengths=lengths[0],
         rejected_lengths=lengths[1],
         **options,
@@ -515,7 +523,7 @@ def test_sft_loss_equals_trl(models: Any, tokenizer: Any, tmp_path: Any) -> None
             trainer.model, trainer.data_collator(list(trainer.train_dataset))
         )
         encoded = encode_sft(rows, tokenizer, max_length=64, name="sft").rows
-        batch = collate_sft(encoded, tokenizer.pad_token_id)
-        labels = batch.pop("labels")
-        ours = sft_loss(*token_logps(models[0](**batch).logits, labels))
+        objective = SFTObjective(packing=False)
+        total = objective(models[0], objective.collate(encoded, tokenizer.pad_token_id)).total
+        ours = total / objective.items(encoded)
     assert ours.item() == pytest.approx(theirs.item(), abs=1e-5)

@@ -20,8 +20,7 @@ from llm.loss.evaluate import (
     row_length,
     with_reference_logps,
 )
-from llm.loss.losses import LOSS_TYPES, dpo_loss, response_lengths, sft_loss, sft_sequence_loss
-from llm.loss.losses import sequence_logps as sequence_logps_of
+from llm.loss.losses import LOSS_TYPES, dpo_loss
 from llm.loss.losses import token_logps as token_logps_of
 from llm.loss.objectives import DPOObjective, SFTObjective, pair_logps
 from theory.tasks import Task
@@ -53,9 +52,9 @@ def test_sft_total_over_items_is_the_pure_loss() -> None:
     batch = collate_sft(rows, PAD_ID)
     logps, mask = token_logps_of(padded_logits(model, batch), batch["labels"])
     assert objective.items(rows) == int(mask.sum())
-    torch.testing.assert_close(terms.total / objective.items(rows), sft_loss(logps, mask))
+    torch.testing.assert_close(terms.total / objective.items(rows), -logps.sum() / mask.sum())
     total, count = terms.sums["sequence_loss"]
-    torch.testing.assert_close(total / count, sft_sequence_loss(logps, mask).detach())
+    torch.testing.assert_close(total / count, -logps.detach().sum(-1).mean())
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
@@ -66,8 +65,8 @@ def test_dpo_total_over_items_is_the_pure_loss(loss_type: str) -> None:
     objective = DPOObjective(0.3, loss_type, smoothing)
     terms = objective(model, objective.collate(rows, PAD_ID))
     batch = collate_preference(rows, PAD_ID)
-    logps = sequence_logps_of(padded_logits(model, batch), batch["labels"])
-    lengths = response_lengths(batch["labels"])
+    logps, mask = token_logps_of(padded_logits(model, batch), batch["labels"])
+    logps, lengths = logps.sum(-1), mask.sum(-1)
     pairs = len(rows)
     expected = dpo_loss(
         logps[:pairs],

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from llm import export
 from llm.data import embedded
-from llm.loss.losses import sequence_logps
+from llm.loss.losses import token_logps
 from llm.run import main
 
 pytestmark = [
@@ -56,7 +56,7 @@ def log_probability(model: torch.nn.Module, context: str, continuation: str) -> 
     labels = whole.clone()
     labels[0, : len(prompt)] = -100
     with torch.no_grad():
-        return float(sequence_logps(model.eval()(input_ids=whole).logits, labels))
+        return float(token_logps(model.eval()(input_ids=whole).logits, labels)[0].sum())
 
 
 @pytest.mark.parametrize("kind", ["full", "merged"])

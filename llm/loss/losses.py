@@ -114,44 +114,6 @@ def _in_cache(logits: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(each.split(rows) for each in (logits, *others)), strict=True)
 
 
-def sequence_logps(logits: Tensor, labels: Tensor) -> Tensor:
-    """log pi(y|x) of each sequence: the SUM over its response tokens, shape (B,).
-
-    Arguments and errors as in `token_logps`. DPO is defined on sums (arXiv 2305.18290, eq. 7).
-    """
-    return token_logps(logits, labels)[0].sum(-1)
-
-
-def response_lengths(labels: Tensor) -> Tensor:
-    """Number of response tokens that `token_logps` counts in each row of (B, T): shape (B,)."""
-    return (labels[:, 1:] != IGNORE_INDEX).sum(-1)
-
-
-def sft_loss(logps: Tensor, mask: Tensor, num_tokens: Tensor | int | None = None) -> Tensor:
-    """Token mean of the negative log-likelihood: -sum(logps[mask]) / num_tokens.
-
-    Args:
-        logps: (B, T-1) from `token_logps`.
-        mask: (B, T-1) boolean, the tokens that count.
-        num_tokens: the divisor; default ``mask.sum()``. Pass the number of response tokens of the
-            whole optimiser step (all micro-batches, all ranks) and the micro-batch losses add up
-            to exactly the loss of the undivided batch.
-
-    Returns:
-        A scalar in nats per token; 0 with a zero gradient if no token counts.
-    """
-    divisor = mask.sum().clamp_min(1) if num_tokens is None else num_tokens
-    return -logps.masked_fill(~mask, 0.0).sum() / divisor
-
-
-def sft_sequence_loss(logps: Tensor, mask: Tensor) -> Tensor:
-    """Mean over sequences of -log pi(y|x), with sums over tokens: the theory's f_SFT.
-
-    Arguments as in `sft_loss`; a scalar in nats per sequence (arXiv 2410.15483).
-    """
-    return -logps.masked_fill(~mask, 0.0).sum(-1).mean()
-
-
 def check_preference_options(loss_type: str, beta: float, label_smoothing: float = 0.0) -> None:
     """Refuse a combination of options that means nothing, before anything is loaded.
 
@@ -201,14 +163,14 @@ def dpo_loss(
     ============  ==========================================================  ===================
 
     Args:
-        policy_chosen_logps, policy_rejected_logps: (B,) sums from `sequence_logps`.
+        policy_chosen_logps, policy_rejected_logps: (B,) log pi(y|x), the SUM over the
+            response tokens (eq. 7 of arXiv 2305.18290).
         reference_chosen_logps, reference_rejected_logps: (B,) likewise; treated as constants.
         beta: the temperature, > 0.
         loss_type: a row of the table.
         label_smoothing: eps in [0, 0.5), the assumed share of flipped labels.
-        chosen_lengths, rejected_lengths: (B,) numbers of response tokens (`response_lengths`);
-            needed by ipo and sigmoid_norm. They are data of the batch, not options, so the
-            other losses accept them.
+        chosen_lengths, rejected_lengths: (B,) numbers of response tokens; needed by ipo and
+            sigmoid_norm. They are data of the batch, not options, so the other losses accept them.
 
     Returns:
         `PreferenceTerms`; the rewards are beta * r (unnormalised, for every `loss_type`).
