@@ -19,12 +19,13 @@ import argparse
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from llm.flags.arguments import RunConfig
-from llm.flags.parse import SCHEDULE_FLAGS, named_flags, parse
+from llm.flags.parse import named_flags, parse
+from llm.flags.schedule import VALUE_FLAGS, lam_of, schedule_arguments
 from llm.setup import Setup, prepare, total_steps
 from llm.single_runs import (
     SingleRun,
@@ -42,6 +43,7 @@ from theory.cli import (
     unit_float,
 )
 from theory.records import read_json, write_json
+from theory.registry import scheduler_options
 from theory.tasks import Task
 from theory.theorems.bounds import wrong_optimum_bias
 
@@ -49,7 +51,10 @@ PROG = "python -m llm.optima"
 Optimum = tuple[float, float]
 FILE = "optima.json"
 OUTPUT_DIR = "runs/optima"
-NOT_USED = {"algo", "resume_from_checkpoint", "force_resume", *SCHEDULE_FLAGS} - {"lam"}
+NOT_USED = {
+    *("algo", "schedule", "optima", "resume_from_checkpoint", "force_resume", *VALUE_FLAGS),
+    *(f.name for f in fields(schedule_arguments(()))),
+}
 """Flags of llm.run that say nothing about a run on one objective (lam: about an error's harm)."""
 Say = Callable[[str], None]
 
@@ -60,12 +65,14 @@ Say = Callable[[str], None]
 def find_optimum(setup: Setup, config: RunConfig, say: Say) -> Optimum | None:
     """(f_DPO*, f_SFT*) as `--optima` says: from a file, estimated, or None."""
     source = config.training.optima
+    reads_optima = "optimum" in scheduler_options(config.training.algo)
     if source == "auto":
-        needed = config.embedded or config.training.algo == "maxright"
+        needed = config.embedded or reads_optima
         source = "estimate" if needed else "none"
     if source == "none":
-        if config.training.algo == "maxright":
-            raise UserError("--optima none: maxright compares gaps and needs the optima")
+        if reads_optima:
+            name = config.training.algo
+            raise UserError(f"--optima none: {name} compares gaps and needs the optima")
         return None
     if source == "estimate":
         return _estimated(setup, config, say)
@@ -176,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "tolerance": options.stationarity,
         **{task.label: asdict(each) for task, each in estimates.items()},
     }
-    lam = 0.5 if config.training.lam is None else config.training.lam
+    lam = lam_of(config.training)
     errors = {task: each.last_improvement for task, each in estimates.items()}
     record["value_error"] = {"lam": lam, "f_max_bias": value_error_bias(lam, errors)}
     path = Path(config.output_dir) / FILE

@@ -24,7 +24,8 @@ import torch
 from transformers import TrainingArguments
 
 from llm.flags.arguments import JointArguments, RunConfig
-from llm.flags.parse import PROG, parse, schedule_options
+from llm.flags.parse import PROG, parse
+from llm.flags.schedule import lam_of, scheduler_of
 from llm.optima import Optimum, find_optimum
 from llm.setup import Setup, make_trainer, prepare, total_steps
 from llm.train.callbacks import JsonLines
@@ -33,7 +34,6 @@ from llm.train.trainer import JointTrainer
 from theory.cli import UserError, run_command
 from theory.metrics import ideal_distance, mix_value
 from theory.records import read_json, write_json, write_text
-from theory.registry import make_scheduler
 from theory.tasks import Task
 
 CONFIG_FILE, SUMMARY_FILE = "joint_config.json", "joint_summary.json"
@@ -76,9 +76,7 @@ def train(
 def new_trainer(setup: Setup, config: RunConfig, optimum: Optimum | None) -> JointTrainer:
     """The trainer of a run as its flags describe it; it logs to metrics.jsonl."""
     num_steps = total_steps(setup, config)
-    extra = {} if optimum is None else {"optimum": optimum}
-    options = schedule_options(config.training, num_steps, **extra)
-    scheduler = make_scheduler(config.training.algo, **options)
+    scheduler = scheduler_of(config.training, num_steps=num_steps, optimum=optimum)
     arguments = replace(config.training, max_steps=num_steps)
     log = JsonLines(Path(config.output_dir) / METRICS_FILE)
     name = config.training.algo
@@ -96,10 +94,10 @@ def summarise(
     optimum: Optimum | None,
 ) -> dict[str, Any]:
     """Everything that the final table shows, and more, as plain data."""
-    lam = 0.5 if config.training.lam is None else config.training.lam
+    lam = lam_of(config.training)
     summary: dict[str, Any] = {
         "algo": config.training.algo,
-        "scheduler": repr(trainer.scheduler),
+        "scheduler": trainer.scheduler.describe(),
         "lam": lam,
         "held_out": {"before": dict(before), "after": dict(after)},
         "optimum": None if optimum is None else dict(zip(("dpo", "sft"), optimum, strict=True)),

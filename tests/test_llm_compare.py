@@ -32,6 +32,7 @@ from llm.loss.evaluate import evaluate_objective
 from llm.run import new_trainer
 from llm.setup import Setup, prepare
 from theory.cli import run_command
+from theory.schedulers import ORDERS
 from theory.tasks import Task
 
 OPTIMUM = (0.3, 0.1)
@@ -71,7 +72,9 @@ def setup(config: CompareConfig) -> Setup:
 
 
 def a_run(line: str = "alright", knob: float = 0.5, **fields: Any) -> Run:
-    return line_run(line, knob, OPTIMUM, **{"steps": 8, "learning_rate": 1e-2, "seed": 0} | fields)
+    fields = {"steps": 8, "learning_rate": 1e-2, "seed": 0} | fields
+    algorithm = "sequential" if line in ORDERS else line
+    return line_run(algorithm, line, knob, OPTIMUM, **fields)
 
 
 # --- a run
@@ -202,7 +205,10 @@ def test_what_decides_a_result_is_in_its_name(
 
     assert with_training(logging_steps=1, output_dir="elsewhere") == mine
     others = {with_training(beta=0.2), with_training(weight_decay=0.5), with_training(bf16=True)}
-    others |= {with_training(refresh_every=3), with_training(per_device_train_batch_size=3)}
+    others |= {
+        with_training(schedule={"refresh_every": 3}),
+        with_training(per_device_train_batch_size=3),
+    }
     monkeypatch.setattr(llm.compare.pool, "code_digest", lambda: "of other code")
     others.add(shared_fingerprint(config.run, setup))
     assert len(others | {mine}) == 7

@@ -69,8 +69,8 @@ def pretend(run: Run) -> Record:
     losses = {"f_dpo": 0.9 - 0.5 * weight + off, "f_sft": 0.3 + 0.5 * weight + off}
     dpo = dpo_steps(run)
     steps = {"dpo": dpo, "sft": run.steps if run.algorithm == "mix" else run.steps - dpo}
-    if run.order is not None:
-        first = f"f_{ORDERS[run.order][0].label}"
+    if run.line in ORDERS:
+        first = f"f_{ORDERS[run.line][0].label}"
         record["stage_end"] = {first: losses[first] - 0.25}
     return record | losses | {
         "path": [losses | {"step": 0}, losses | {"step": run.steps}],
@@ -107,13 +107,20 @@ def experiment(config: CompareConfig, answer: Callable[[Run], Record] = pretend)
     progress = progress_of(singles, optimum)
     rates = choose_rates(config, tuning, progress)
     runs = [
-        line_run(line, knob, optimum, steps=STEPS, learning_rate=rates[line], seed=seed)
+        line_run(
+            *(config.algorithm_of[line], line, knob, optimum),
+            steps=STEPS,
+            learning_rate=rates[line],
+            seed=seed,
+        )
         for line in config.lines
         for knob in config.knobs(line)
         for seed in config.seeds
     ]
     by_steps = pool.run("equal steps", runs)
-    by_compute = pool.run("equal compute", equal_compute(by_steps, COSTS, STEPS, PERIOD))
+    by_compute = pool.run(
+        "equal compute", equal_compute(by_steps, COSTS, STEPS, {"refresh_every": PERIOD})
+    )
     both = {"steps": tuple(by_steps), "compute": tuple(by_compute)}
     return Experiment(optimum, STEPS, singles, progress, tuning, rates, both, COSTS)
 
@@ -191,7 +198,10 @@ def failing(where: Callable[[Run], bool]) -> Callable[[Run], Record]:
 
 
 def test_a_rate_that_diverges_loses_and_all_of_them_are_an_error(config: CompareConfig) -> None:
-    rates = experiment(config, failing(lambda r: r.learning_rate == 1e-2 and r.lam is not None))
+    rates = experiment(
+        config,
+        failing(lambda r: r.learning_rate == 1e-2 and r.knob is not None and r.line not in ORDERS),
+    )
     assert {rates.rates[line] for line in ORDERS} == {1e-2}
     assert {rates.rates[line] for line in ("mix", "alright", "maxright")} == {1e-1}
     with pytest.raises(UserError, match="mix diverged at every learning rate"):
@@ -239,7 +249,7 @@ def test_the_table_holds_gaps_and_the_rise_of_the_first_objective(config: Compar
 
 
 def test_failed_runs_are_counted_and_not_averaged(config: CompareConfig) -> None:
-    broken = failing(lambda run: run.line == "mix" and run.lam == 0.25 and run.seed == 1)
+    broken = failing(lambda run: run.line == "mix" and run.knob == 0.25 and run.seed == 1)
     tried = experiment(config, broken)
     results = comparison_table(config, tried)
     summary = summarise(config, tried, results)
@@ -259,7 +269,7 @@ def test_the_summary_states_forgetting_undercut_optima_and_the_border(
 ) -> None:
     low = replace(config, learning_rates=(1e-2, 1e-1))
     tried = experiment(low, lambda run: pretend(run) | (
-        {"f_sft": 0.08} if run.line == "alright" and run.lam == 0.25 else {}))  # fmt: skip
+        {"f_sft": 0.08} if run.line == "alright" and run.knob == 0.25 else {}))  # fmt: skip
     summary = summarise(low, tried, comparison_table(low, tried))
     rises = [entry["rise"]["mean"] for entry in summary["forgetting"]]
     assert rises == pytest.approx([0.25] * 12)  # two orders, three splits, two budgets
@@ -307,10 +317,10 @@ def as_text(value: Any) -> str:
         (["--output_dir", "x"], "--output_dir is set by the comparison: give --out"),
         (["--save_steps", "5"], "--save_steps is set by the comparison"),
         (["--learning_rate", "1", "--learning_rates", "1"], "--learning_rate is not used with"),
-        (["--algos", "mix", "--refresh_every", "3"], "--refresh_every is used by maxright only"),
+        (["--algos", "mix", "--refresh_every", "3"], "--refresh_every is not used by --algo mix"),
         (["--optima", "none"], "--optima none: a comparison reports gaps"),
         (["--lams", "1.0"], "leaves one objective out"),
-        (["--algos", "importance"], "invalid choice"),
+        (["--algos", "ppo"], "unknown algorithm 'ppo'"),
         (["--learning_rates", "0"], "0 is not a positive number"),
         (["--sft_dataset", "x.jsonl"], "needs a model of your own"),
     ],

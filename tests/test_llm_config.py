@@ -11,11 +11,10 @@ from typing import Any
 import pytest
 import yaml
 
-from llm.flags.arguments import JointArguments, RunConfig
-from llm.flags.parse import SCHEDULE_FLAGS, TINY_RECIPE, parse, schedule_options
+from llm.flags.arguments import JointArguments
+from llm.flags.parse import TINY_RECIPE, parse
 from theory.cli import UserError, run_command
-from theory.registry import make_scheduler, scheduler_options
-from theory.schedulers import REGISTRY, Sequential
+from theory.schedulers import REGISTRY
 from theory.tasks import Task
 
 ROOT = Path(__file__).parents[1]
@@ -55,10 +54,6 @@ def error_of(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return text
 
 
-def options_of(config: RunConfig, num_steps: int = 100) -> dict[str, Any]:
-    return schedule_options(config.training, num_steps, optimum=(0.0, 0.0))
-
-
 # --- where values come from
 
 
@@ -88,7 +83,7 @@ def test_the_command_line_overrides_the_file_and_the_file_the_defaults(tmp_path:
     config = parse([*CPU, "--config", recipe, "--lam", "0.75"])
     assert config.training.algo == "maxright"
     assert config.training.lam == 0.75
-    assert config.training.refresh_every == 3
+    assert config.training.schedule == {"refresh_every": 3}
     assert config.training.learning_rate == 1e-4
     assert config.training.beta == 0.1
 
@@ -105,74 +100,11 @@ def test_a_file_holds_every_kind_of_value(tmp_path: Path) -> None:
         "report_to": ["none"],
     }
     config = parse([*CPU, "--config", write_yaml(tmp_path / "own.yaml", values)])
-    assert config.training.scale_steps is True
+    assert config.training.schedule == {"scale_steps": True}
     assert config.data.max_train_rows == 5
     assert config.data.max_eval_rows is None
     assert config.output_dir == "a b"
     assert config.training.lr_scheduler_kwargs == {"min_lr_rate": 0.1}
-
-
-def test_every_option_of_every_algorithm_has_a_flag() -> None:
-    known = set(SCHEDULE_FLAGS.values()) | {"seed"}
-    for name in REGISTRY:
-        assert scheduler_options(name) <= known
-
-
-@pytest.mark.parametrize("algo", REGISTRY)
-def test_every_algorithm_has_defaults(algo: str) -> None:
-    config = parse([*CPU, "--algo", algo, "--seed", "5"])
-    options = options_of(config)
-    assert make_scheduler(algo, **options).runs == ()
-    assert options.get("seed", 5) == 5
-    expected = (Task[algo.upper()],) if algo in ("sft", "dpo") else tuple(Task)
-    assert config.tasks == expected
-
-
-def test_defaults_of_the_schedules_are_the_ones_that_help_states() -> None:
-    """In particular refresh_every = 10, as in the authors' scripts."""
-    assert schedule_defaults("maxright") == {
-        "lam": 0.5,
-        "optimum": (0.0, 0.0),
-        "refresh_every": 10,
-        "scale_steps": False,
-        "value_ema": 1.0,
-    }
-    assert schedule_defaults("importance") == {"lam": 0.5, "dpo_probability": 0.5, "seed": 0}
-    assert schedule_defaults("alternate") == {"lam": 0.5, "cycle": 2}
-    assert schedule_defaults("sequential") == {"first_steps": 50, "order": "sft_then_dpo"}
-    assert schedule_defaults("sft") == schedule_defaults("dpo") == {}
-
-
-def schedule_defaults(algo: str) -> dict[str, Any]:
-    return options_of(parse([*CPU, "--algo", algo]))
-
-
-@pytest.mark.parametrize(
-    ("split", "first_steps"), [(None, 50), ("0", 0), ("0.25", 25), ("0.333", 33), ("1", 100)]
-)
-def test_split_is_the_share_of_the_first_stage(split: str | None, first_steps: int) -> None:
-    flags = [] if split is None else ["--split", split]
-    config = parse([*CPU, "--algo", "sequential", *flags])
-    scheduler = make_scheduler("sequential", **options_of(config))
-    assert scheduler == Sequential(first_steps, "sft_then_dpo")
-
-
-@pytest.mark.parametrize(
-    ("algo", "flag", "value", "option"),
-    [
-        ("mix", "lam", "0.0", 0.0),
-        ("maxright", "refresh_every", "1", 1),
-        ("maxright", "scale_steps", "true", True),
-        ("maxright", "value_ema", "0.5", 0.5),
-        ("importance", "dpo_probability", "0.1", 0.1),
-        ("alternate", "cycle", "7", 7),
-        ("sequential", "order", "dpo_then_sft", "dpo_then_sft"),
-    ],
-)
-def test_a_flag_reaches_its_scheduler(algo: str, flag: str, value: str, option: Any) -> None:
-    for spelled in (f"--{flag}", f"--{flag.replace('_', '-')}"):
-        config = parse([*CPU, "--algo", algo, spelled, value])
-        assert options_of(config)[SCHEDULE_FLAGS[flag]] == option
 
 
 def test_each_objective_may_have_its_own_batch_size_and_length(own: list[str]) -> None:
@@ -194,53 +126,6 @@ def test_several_gpus_in_one_process_are_refused(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(JointArguments, "n_gpu", 2)
     with pytest.raises(UserError, match="accelerate launch"):
         parse(CPU)
-
-
-UNUSED = {
-    "lam": "0.5",
-    "refresh_every": "5",
-    "scale_steps": "true",
-    "value_ema": "0.5",
-    "value_source": "train",
-    "value_rows": "8",
-    "order": "dpo_then_sft",
-    "split": "0.5",
-    "dpo_probability": "0.5",
-    "cycle": "4",
-}
-
-
-def unused_pairs() -> list[tuple[str, str]]:
-    return [
-        (algo, flag)
-        for algo in REGISTRY
-        for flag in UNUSED
-        if SCHEDULE_FLAGS[flag] not in scheduler_options(algo)
-    ]
-
-
-def test_flags_that_may_be_unused_are_all_tested() -> None:
-    assert set(UNUSED) == set(SCHEDULE_FLAGS) - {"optima"}  # every run may measure gaps
-    assert {"sft", "alright"} <= {algo for algo, _ in unused_pairs()}
-
-
-@pytest.mark.parametrize(("algo", "flag"), unused_pairs())
-def test_a_flag_that_the_algorithm_does_not_use_is_refused(
-    algo: str, flag: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for spelled in (f"--{flag}", f"--{flag.replace('_', '-')}"):
-        text = error_of([*CPU, "--algo", algo, spelled, UNUSED[flag]], capsys)
-        assert f"--{flag} is not used by --algo {algo}" in text
-
-
-def test_a_key_of_a_config_that_the_algorithm_does_not_use_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Also where the command line changes the file's algorithm: nothing is ignored in silence."""
-    recipe = write_yaml(tmp_path / "own.yaml", {"algo": "maxright", "refresh_every": 5})
-    assert parse([*CPU, "--config", recipe]).training.refresh_every == 5
-    text = error_of([*CPU, "--config", recipe, "--algo", "alright"], capsys)
-    assert "--refresh_every is not used by --algo alright" in text
 
 
 @pytest.mark.parametrize(
@@ -412,7 +297,7 @@ def test_help_names_every_flag_of_ours(capsys: pytest.CaptureFixture[str]) -> No
         parse(["--help"])
     assert caught.value.code == 0
     printed = capsys.readouterr().out
-    for flag in ("--config", "--optima", "--reference", "--conflict", *map("--{}".format, UNUSED)):
+    for flag in ("--config", "--optima", "--reference", "--conflict", "--refresh_every", "--cycle"):
         assert flag in printed
 
 

@@ -62,7 +62,7 @@ def assert_same_run(actual: dict[str, Any], alone: JointTrainer) -> None:
     np.testing.assert_allclose(
         actual["state"]["decisions"], state["decisions"], rtol=ROUNDING, atol=ROUNDING
     )
-    for name in ("consumed", "steps_taken", "probes"):
+    for name in ("consumed", "steps_taken", "probed_at"):
         assert actual["state"][name] == state[name], name
     logs = [log for log in alone.state.log_history if "loss" in log]
     for mine, theirs in zip(actual["logs"], logs, strict=True):

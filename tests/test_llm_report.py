@@ -20,7 +20,7 @@ from llm.compare.__main__ import main as compare
 from llm.data import embedded
 from llm.flags.parse import parse
 from llm.report.__main__ import FILE, main, report
-from llm.report.command import SET_BY_THE_MACHINE, command
+from llm.report.command import OTHERWISE, command
 from llm.report.figures import curve, decisions_figure, dpo_shares, losses_figure, window_means
 from llm.report.page import Html, figure, markdown, table, text
 from llm.report.record import read_run
@@ -198,7 +198,7 @@ def test_probes_are_where_the_schedule_makes_them(runs: dict[str, Path]) -> None
     record = read_run(runs["maxright"])
     assert record.probes == [0, 3, 6]
     assert record.state is not None
-    assert len(record.probes) == record.state["probes"]
+    assert record.probes == record.state["probed_at"]
     assert read_run(runs["sequential"]).probes == []
 
 
@@ -214,7 +214,7 @@ def test_the_shown_command_means_the_same_run(name: str, runs: dict[str, Path]) 
         for key, value in record.training.items()
         if key not in NOT_PART_OF_A_RUN and training[key] != value
     }
-    assert differing <= SET_BY_THE_MACHINE
+    assert differing <= OTHERWISE
     assert again.data.sft_dataset == record.config["data"]["sft_dataset"]
 
 

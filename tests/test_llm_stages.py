@@ -77,7 +77,7 @@ def test_other_schedules_have_one_learning_rate_curve(tmp_path: Path) -> None:
 @pytest.mark.parametrize("first_steps", [0, 10])
 def test_a_stage_without_steps_changes_nothing(first_steps: int, tmp_path: Path) -> None:
     options = {"lr_scheduler_type": "linear", "warmup_steps": 2}
-    sequential = make_trainer(Sequential(first_steps), tmp_path, **options)
+    sequential = make_trainer(Sequential(first_steps, "dpo_then_sft"), tmp_path, **options)
     single = make_trainer(Single(Task.SFT if first_steps == 0 else Task.DPO), tmp_path, **options)
     sequential.train()
     single.train()

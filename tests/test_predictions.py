@@ -77,7 +77,10 @@ def truth(seeds: int = 3, noise: float = 0.0015, seed: int = 0) -> pd.DataFrame:
     table[["f_dpo", "f_sft"]] += rng.normal(0.0, noise, (len(table), 2))
     # The unit of cost is anything, here 0.25 seconds; timing scatters by 1%.
     table["cost"] = [
-        0.25 * cost_per_step(row.algorithm, lam=row.lam, costs=Costs(), p_dpo=row.p_dpo)
+        0.25
+        * cost_per_step(
+            typical_scheduler(row.algorithm, {"lam": row.lam}), costs=Costs(), p_dpo=row.p_dpo
+        )
         for row in table.itertuples()
     ] * np.exp(rng.normal(0.0, 0.01, len(table)))
     return table

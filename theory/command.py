@@ -9,6 +9,7 @@ from theory.cli import OneLineParser, UserError, positive_int, unit_float
 from theory.feature_file import FeatureFile, is_feature_file
 from theory.plotting.style import short_name
 from theory.problems import PROBLEMS
+from theory.registry import flags_of
 
 
 class SweepConfig(Protocol):
@@ -57,6 +58,15 @@ def problem_name(text: str) -> str:
     elif text not in PROBLEMS:
         names = ", ".join(PROBLEMS)
         raise argparse.ArgumentTypeError(f"{text!r} is not one of {names}, nor a .npz file")
+    return text
+
+
+def algorithm_name(text: str) -> str:
+    """The name of a built-in schedule, or `package.module:Class` of one that can be imported."""
+    try:
+        flags_of(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
     return text
 
 

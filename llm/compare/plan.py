@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from statistics import fmean
-from typing import Protocol
+from typing import Any, Protocol
 
 from llm.compare.cost import CostModel, measured_costs
 from llm.compare.runs import Record, Run, line_run
@@ -61,7 +61,7 @@ def run_experiment(config: CompareConfig, setup: Setup, pool: Runner) -> Experim
     costs = measured_costs(config.run, setup, [r for r in by_steps if not r["failed"]])
     runs = {"steps": tuple(by_steps)}
     if "compute" in config.budgets:
-        planned = equal_compute(by_steps, costs, steps, config.refresh_every)
+        planned = equal_compute(by_steps, costs, steps, config.run.training.schedule)
         runs["compute"] = tuple(pool.run("equal compute", planned))
     if "steps" not in config.budgets:
         del runs["steps"]
@@ -126,7 +126,13 @@ def run_tuning(
         return ()
     grid = product(config.lines, config.learning_rates, config.tuning_seeds)
     runs = [
-        line_run(line, EVEN, optimum, steps=steps, learning_rate=rate, seed=seed, path=False)
+        line_run(
+            *(config.algorithm_of[line], line, config.even_knob(line), optimum),
+            steps=steps,
+            learning_rate=rate,
+            seed=seed,
+            path=False,
+        )
         for line, rate, seed in grid
     ]
     return tuple(pool.run("tuning", runs))
@@ -181,19 +187,24 @@ def _comparison(
     config: CompareConfig, rates: dict[str, float], optimum: Optimum, steps: int
 ) -> list[Run]:
     return [
-        line_run(line, knob, optimum, steps=steps, learning_rate=rates[line], seed=seed)
+        line_run(
+            *(config.algorithm_of[line], line, knob, optimum),
+            steps=steps,
+            learning_rate=rates[line],
+            seed=seed,
+        )
         for line in config.lines
         for knob, seed in product(config.knobs(line), config.seeds)
     ]
 
 
 def equal_compute(
-    records: Iterable[Record], costs: CostModel, steps: int, refresh_every: int
+    records: Iterable[Record], costs: CostModel, steps: int, shared: Mapping[str, Any]
 ) -> list[Run]:
     """The same runs with as many steps as sequential training's compute buys each setting.
 
     The budget is `steps` steps, half of them on each objective. A setting's cost per step is that
-    of `theory.costs`, where MAXRIGHT's share of DPO steps is measured: the mean over its seeds.
+    of `theory.costs`; where it needs the share of DPO steps, that is the mean over the seeds.
     """
     budget = steps * 0.5 * (costs.step(Task.DPO) + costs.step(Task.SFT))
     settings: dict[Run, list[Record]] = {}
@@ -204,9 +215,8 @@ def equal_compute(
         finished = [record for record in group if not record["failed"]]
         if not finished:
             continue  # its cost is unknown
-        given = {"lam": setting.lam, "refresh_every": refresh_every}
         per_step = cost_per_step(
-            typical_scheduler(setting.algorithm, given),
+            typical_scheduler(setting.algorithm, {**shared, **setting.options}),
             costs=costs.costs,
             p_dpo=fmean(record["steps"]["dpo"] / setting.steps for record in finished),
             reuse_probe=costs.reuse,

@@ -25,7 +25,7 @@ from theory.records import digest, digest_of_code, read_json, write_json
 from theory.tasks import Task
 
 RESULT = "result.json"
-MAXRIGHT_SETTINGS = ("refresh_every", "scale_steps", "value_ema", "value_source", "value_rows")
+SCHEDULE_SETTINGS = ("schedule", "value_source", "value_rows")
 OWN_SETTINGS = {"learning_rate", "seed", "data_seed"}
 """Settings that a `Run` holds."""
 CODE = (
@@ -88,7 +88,7 @@ class Pool:
 def shared_fingerprint(config: RunConfig, setup: Setup) -> str:
     """Of everything but the fields of a `Run`: problem, settings, code, libraries, device type."""
     training = config.training
-    names = {*OPTIMISER_SETTINGS, *STEP_SETTINGS, *EVALUATION_SETTINGS, *MAXRIGHT_SETTINGS}
+    names = {*OPTIMISER_SETTINGS, *STEP_SETTINGS, *EVALUATION_SETTINGS, *SCHEDULE_SETTINGS}
     identity = {
         "problem": problem(setup, config),
         "batches": [training.batch_size(task) for task in Task] + [training.max_tokens_per_batch],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,9 +10,11 @@ import pandas as pd
 
 from llm.compare.plan import Experiment, tuning_max_value, tuning_value
 from llm.compare.runs import Record, Run
-from llm.compare.settings import CompareConfig
+from llm.compare.settings import EVEN, CompareConfig
+from llm.flags.schedule import options_for
 from theory.metrics import ideal_distance, max_value, mix_value, optimality_gaps
 from theory.predictions import Optima
+from theory.registry import flags_of
 from theory.schedulers import ORDERS
 from theory.tasks import Task
 
@@ -33,7 +35,7 @@ def comparison_table(config: CompareConfig, experiment: Experiment) -> pd.DataFr
     one SFT step. A run that failed has its reason in `failed` and no numbers.
     """
     rows = [
-        _identity(budget, record, config.refresh_every) | _numbers(experiment, record)
+        _identity(budget, record, config.run.training.schedule) | _numbers(experiment, record)
         for budget, records in experiment.runs.items()
         for record in records
     ]
@@ -41,29 +43,31 @@ def comparison_table(config: CompareConfig, experiment: Experiment) -> pd.DataFr
 
 
 def weight_of(run: Run) -> float:
-    """lam, or the share of the steps that the split gives to DPO."""
-    if run.order is None:
-        assert run.lam is not None
-        return run.lam
-    assert run.split is not None
-    return run.split if ORDERS[run.order][0] == Task.DPO else 1.0 - run.split
+    """lam, or the share of the steps that the split gives to DPO; 1/2 without either."""
+    options = run.options
+    if "split" in options:
+        first_is_dpo = ORDERS[run.line][0] == Task.DPO
+        return float(options["split"] if first_is_dpo else 1.0 - options["split"])
+    return float(options.get("lam", EVEN))
 
 
-def _identity(budget: str, record: Record, period: int) -> dict[str, Any]:
+def _identity(budget: str, record: Record, shared: Mapping[str, Any]) -> dict[str, Any]:
     run = Run.from_json(record["run"])
+    options = {name: flag.default for name, flag in flags_of(run.algorithm).items()}
+    options |= options_for(run.algorithm, {**shared, **run.options})
     return {
         "budget": budget,
         "line": run.line,
         "knob": run.knob,
         "weight": weight_of(run),
         "algorithm": run.algorithm,
-        "order": run.order or "",
-        "split": np.nan if run.split is None else run.split,
-        "lam": np.nan if run.lam is None else run.lam,
+        "order": options.get("order", ""),
+        "split": options.get("split", np.nan),
+        "lam": options.get("lam", np.nan) if run.knob is not None else np.nan,
         "seed": run.seed,
         "learning_rate": run.learning_rate,
         "num_steps": run.steps,
-        "refresh_every": period if run.algorithm == "maxright" else np.nan,
+        "refresh_every": options.get("refresh_every", np.nan),
         "failed": record["failed"] or "",
     }
 
@@ -98,17 +102,17 @@ def _numbers(experiment: Experiment, record: Record) -> dict[str, Any]:
 
 def rise(record: Record) -> float:
     """f of the first objective at the end, less its value when its stage ended; else NaN."""
-    order, stage_end = record["run"]["order"], record["stage_end"]
-    if order is None or stage_end is None:
+    line, stage_end = record["run"]["line"], record["stage_end"]
+    if line not in ORDERS or stage_end is None:
         return np.nan
-    name = f"f_{ORDERS[order][0].label}"
+    name = f"f_{ORDERS[line][0].label}"
     return float(record[name] - stage_end[name])
 
 
 def paths_table(experiment: Experiment) -> pd.DataFrame:
     """Held-out losses along every run of the comparison, and what had been spent by then."""
     return pd.DataFrame(
-        _identity(budget, record, 0) | point
+        _identity(budget, record, {}) | point
         for budget, records in experiment.runs.items()
         for record in records
         for point in record.get("path", ())

@@ -18,14 +18,15 @@ from transformers import (
 )
 
 from llm.flags.arguments import RunConfig
+from llm.flags.schedule import options_for
 from llm.optima import Optimum
 from llm.run import new_trainer
 from llm.setup import Setup
 from llm.train.trainer import JointTrainer
 from theory.cli import UserError
+from theory.foreign import is_foreign, source_digest
 from theory.records import digest
-from theory.registry import scheduler_options
-from theory.schedulers import ORDERS, Sequential
+from theory.registry import resolve, scheduler_options
 from theory.tasks import Task
 
 Record = dict[str, Any]
@@ -40,21 +41,23 @@ class Run:
     steps: int
     learning_rate: float
     seed: int
-    lam: float | None = None
-    order: str | None = None
-    split: float | None = None
+    line: str = ""
+    """Which variant of the algorithm, such as an order of sequential training."""
+    knob: float | None = None
+    """lam or the split, as the algorithm has it."""
     optimum: Optimum | None = None
     path: bool = True
     """Whether the held-out losses are measured along the way, not at the end only."""
 
-    @property
-    def line(self) -> str:
-        """The order of sequential training, else the algorithm."""
-        return self.order or self.algorithm
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "line", self.line or self.algorithm)
 
     @property
-    def knob(self) -> float | None:
-        return self.lam if self.split is None else self.split
+    def options(self) -> dict[str, Any]:
+        """The schedule's options that are the run's own."""
+        kind = resolve(self.algorithm)
+        own = {} if self.knob is None else {kind.knob: self.knob}
+        return kind.lines().get(self.line, {}) | own
 
     @property
     def label(self) -> str:
@@ -63,7 +66,8 @@ class Run:
 
     def key(self, shared: str) -> str:
         """Names the run, given a fingerprint of everything that the runs share."""
-        return digest({"run": asdict(self), "shared": shared})[:20]
+        source = source_digest(self.algorithm) if is_foreign(self.algorithm) else ""
+        return digest({"run": asdict(self), "shared": shared, "source": source})[:20]
 
     def with_seed(self, seed: int) -> Run:
         return replace(self, seed=seed)
@@ -77,22 +81,21 @@ class Run:
         return cls(**fields | {"optimum": None if optimum is None else tuple(optimum)})
 
 
-def line_run(line: str, knob: float, optimum: Optimum, **fields: Any) -> Run:
-    """A run of a line (an order or a joint algorithm) at its split or lam."""
-    if line in ORDERS:
-        return Run("sequential", order=line, split=knob, **fields)
-    reads_optimum = "optimum" in scheduler_options(line)
-    return Run(line, lam=knob, optimum=optimum if reads_optimum else None, **fields)
+def line_run(algorithm: str, line: str, knob: float | None, optimum: Optimum, **fields: Any) -> Run:
+    """A run of one line of an algorithm."""
+    reads_optimum = "optimum" in scheduler_options(algorithm)
+    own = optimum if reads_optimum else None
+    return Run(algorithm, line=line, knob=knob, optimum=own, **fields)
 
 
 def configure(config: RunConfig, run: Run, folder: Path) -> RunConfig:
     """The shared settings with those of one run."""
+    options = options_for(run.algorithm, config.training.schedule) | run.options
     training = replace(
         config.training,
         algo=run.algorithm,
-        lam=run.lam,
-        order=run.order,
-        split=run.split,
+        lam=options.pop("lam", None),
+        schedule=options,
         seed=run.seed,
         data_seed=None,
         max_steps=run.steps,
@@ -129,8 +132,7 @@ def train(setup: Setup, config: RunConfig, run: Run, folder: Path, keep_model: b
 
 
 def measurements(trainer: JointTrainer, path: PathRecorder) -> Record:
-    period = getattr(trainer.scheduler, "refresh_every", 1)
-    at_probes = trainer.decisions[::period] if trainer.probes else []
+    at_probes = [trainer.decisions[step] for step in trainer.probed_at]
     ends = path.points[-1]
     return {
         "f_dpo": ends["f_dpo"],
@@ -161,9 +163,8 @@ class PathRecorder(TrainerCallback):
         self.points: list[dict[str, float]] = []
         self.stage_end: dict[str, float] | None = None
         self.metrics: dict[str, float] = {}
-        schedule = trainer.scheduler
-        stages = schedule.first_steps if isinstance(schedule, Sequential) else None
-        self.boundary = stages if isinstance(stages, int) else None
+        last = trainer.num_steps - 1
+        self.boundary = int(trainer.scheduler.stage_start(last)) or None
         self._now = time.process_time if trainer.args.device.type == "cpu" else time.perf_counter
         self._begin = self._last = self._now()
         self._evaluating = 0.0

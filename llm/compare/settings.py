@@ -6,15 +6,18 @@ import argparse
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from llm.flags.arguments import RunConfig
-from llm.flags.parse import named_flags, schedule_options
+from llm.flags.parse import named_flags
 from llm.flags.parse import parse as parse_run
 from theory.cli import OneLineParser, UserError, positive_float, positive_int, unit_float
+from theory.command import algorithm_name
+from theory.registry import flags_of, resolve
 from theory.schedulers import ORDERS
 from theory.tasks import Task
 
@@ -30,11 +33,11 @@ EVEN = 0.5
 RATE_FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0)
 FIRST_TUNING_SEED = 10_000
 MOST_DEFAULT_JOBS = 8
-MAXRIGHT_FLAGS = ("refresh_every", "scale_steps", "value_ema", "value_source", "value_rows")
 SET_HERE = {
-    **dict.fromkeys(("algo", "order", "lam", "split", "learning_rate"), "every run has its own"),
+    **dict.fromkeys(
+        ("algo", "schedule", "order", "lam", "split", "learning_rate"), "every run has its own"
+    ),
     **dict.fromkeys(("data_seed",), "--seeds says how many orders of the samples to draw"),
-    **dict.fromkeys(("cycle", "dpo_probability"), "no algorithm here uses it"),
     **dict.fromkeys(("output_dir", "overwrite_output_dir"), "give --out"),
     **dict.fromkeys(
         (
@@ -67,22 +70,29 @@ class CompareConfig:
     argv: tuple[str, ...]
     run: RunConfig
 
+    @cached_property
+    def algorithm_of(self) -> dict[str, str]:
+        """What is compared, by line: the orders of sequential training, the joint schedules."""
+        return {
+            line: algo
+            for algo in self.algos
+            for line in resolve(algo).lines()
+            if line in self.orders or line not in ORDERS
+        }
+
     @property
     def lines(self) -> tuple[str, ...]:
-        """What is compared: the orders of sequential training, and the joint algorithms."""
-        orders = self.orders if "sequential" in self.algos else ()
-        return (*orders, *(algo for algo in self.algos if algo != "sequential"))
+        return tuple(self.algorithm_of)
 
-    def knobs(self, line: str) -> tuple[float, ...]:
-        """The splits or the values of lam of a line."""
-        return self.splits if line in ORDERS else self.lams
+    def knobs(self, line: str) -> tuple[float | None, ...]:
+        """The splits or the values of lam of a line; one None if it has neither."""
+        kind = resolve(self.algorithm_of[line])
+        values = {"lam": self.lams, "split": self.splits}.get(kind.knob, ())
+        return values if values and kind.knob in flags_of(kind) else (None,)
 
-    @property
-    def refresh_every(self) -> int:
-        """MAXRIGHT's period; 1 if it is not compared."""
-        return int(
-            schedule_options(self.run.training, 1, optimum=(0.0, 0.0)).get("refresh_every", 1)
-        )
+    def even_knob(self, line: str) -> float | None:
+        """The lam or split of the tuning."""
+        return None if self.knobs(line) == (None,) else EVEN
 
     def to_json(self) -> dict[str, Any]:
         hidden = ("run", "argv", "out", "jobs")  # machine's own; the command says what was asked
@@ -96,7 +106,7 @@ def parse(argv: Sequence[str]) -> CompareConfig:
     """Read our own flags; the rest is for llm.run, which checks it."""
     own, rest = _parser().parse_known_args(argv)
     run_argv = _run_argv(own, rest)
-    run = parse_run(run_argv)
+    run = parse_run(run_argv, own.algos)
     _check_run(run)
     rates = own.learning_rates or [run.training.learning_rate * f for f in RATE_FACTORS]
     return CompareConfig(
@@ -136,7 +146,13 @@ def _parser() -> OneLineParser:
         description="Compare schedules on one problem; also takes the flags of llm.run.",
     )
     add = parser.add_argument
-    add("--algos", nargs="+", choices=ALGORITHMS, default=list(ALGORITHMS), help="algorithms")
+    add(
+        *("--algos", "--algo"),
+        nargs="+",
+        type=algorithm_name,
+        default=list(ALGORITHMS),
+        help="schedules of llm.run, or of your own: package.module:Class",
+    )
     add("--orders", nargs="+", choices=list(ORDERS), default=list(ORDERS), help="of sequential")
     add("--lams", nargs="+", type=_inner, default=[0.25, 0.5, 0.75], help="weights on DPO")
     add(
@@ -168,18 +184,14 @@ def _parser() -> OneLineParser:
 
 
 def _run_argv(own: argparse.Namespace, rest: Sequence[str]) -> list[str]:
-    """The shared run's flags. MAXRIGHT takes the most flags, so it stands for all if compared."""
+    """The shared run's flags."""
     named = named_flags(rest)
     for name in sorted(named & SET_HERE.keys() - {"learning_rate"}):
         raise UserError(f"--{name} is set by the comparison: {SET_HERE[name]}")
     if "learning_rate" in named and own.learning_rates:
         raise UserError("--learning_rate is not used with --learning_rates")
-    unused = sorted(named & set(MAXRIGHT_FLAGS)) if "maxright" not in own.algos else []
-    if unused:
-        raise UserError(f"--{unused[0]} is used by maxright only, which --algos leaves out")
     recipe = [] if named & {"config", "model_name_or_path"} else ["--config", str(RECIPE)]
-    algo = "maxright" if "maxright" in own.algos else "alright"
-    shared = ["--algo", algo, "--output_dir", str(Path(own.out) / RUNS / "shared")]
+    shared = ["--algo", own.algos[0], "--output_dir", str(Path(own.out) / RUNS / "shared")]
     return [*recipe, *rest, *shared]
 
 
@@ -190,7 +202,7 @@ def _check_run(run: RunConfig) -> None:
     if training.world_size > 1:
         raise UserError("a comparison starts its own processes: run it without a launcher")
     for name in ("lam", "order", "split"):
-        if getattr(training, name) is not None:
+        if name in training.schedule or (name == "lam" and training.lam is not None):
             raise UserError(f"{name} in the --config file: every run of a comparison has its own")
     if run.tasks != tuple(Task):
         raise UserError("a comparison needs demonstrations and preferences")

@@ -87,7 +87,7 @@ def _tuning(config: CompareConfig, experiment: Experiment) -> Summary:
 
 def _settings(results: pd.DataFrame) -> Iterator[Summary]:
     """One entry per budget, line and knob, in the order of the table."""
-    for keys, rows in results.groupby(SETTING, sort=False):
+    for keys, rows in results.groupby(SETTING, sort=False, dropna=False):
         finished = rows[rows["failed"] == ""]
         entry: Summary = dict(zip(SETTING, keys, strict=True))
         entry |= {"seeds": len(finished), "failed": len(rows) - len(finished)}

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -92,13 +92,17 @@ class Workers:
             self.config.jobs,
             mp_context=context,
             initializer=_start_worker,
-            initargs=(names, prepared, self.config.argv),
+            initargs=(names, prepared, self.config.argv, self.config.algos),
         )
 
 
 def with_flags(config: RunConfig, flags: Mapping[str, Any]) -> RunConfig:
-    """The shared run with some of its settings replaced."""
-    return replace(config, training=replace(config.training, **flags))
+    """The shared run with some of its settings, and of its schedule's options, replaced."""
+    known = {f.name for f in fields(config.training)}
+    own = {name: value for name, value in flags.items() if name in known}
+    options = {name: value for name, value in flags.items() if name not in known}
+    schedule = config.training.schedule | options
+    return replace(config, training=replace(config.training, **own, schedule=schedule))
 
 
 # --- in the worker
@@ -107,7 +111,9 @@ def with_flags(config: RunConfig, flags: Mapping[str, Any]) -> RunConfig:
 _worker: Callable[[Job], Record] | None = None
 
 
-def _start_worker(names: Any, prepared: Path, argv: Sequence[str]) -> None:
+def _start_worker(
+    names: Any, prepared: Path, argv: Sequence[str], algorithms: Sequence[str]
+) -> None:
     """Take a device, end with the parent, and load the problem."""
     global _worker
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -116,7 +122,7 @@ def _start_worker(names: Any, prepared: Path, argv: Sequence[str]) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = name  # before the first call of CUDA
     else:
         torch.set_num_threads(1)
-    config = parse_run(argv)
+    config = parse_run(argv, algorithms)
     setup = _unpack(prepared.read_bytes(), config)
     _worker = partial(_train, setup, config)
 

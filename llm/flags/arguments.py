@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from transformers import TrainingArguments
 
 from llm.loss.packing import CPU_TOKENS
 from llm.train.clipping import CLIPPING
 from llm.train.values import DEFAULT_ROWS, SOURCES
-from theory.schedulers import ORDERS, REGISTRY
+from theory.cli import UserError
+from theory.registry import resolve
+from theory.schedulers import REGISTRY
 from theory.tasks import Task
 
+if TYPE_CHECKING:
+    Options = dict[str, Any]
+else:
+    Options = dict | str | None  # what the parser of flags may hand over
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 
 
@@ -129,26 +137,17 @@ class JointArguments(TrainingArguments):
 
     algo: str = field(
         default="alright",
-        metadata={"help": f"Which schedule: {', '.join(REGISTRY)}.", "choices": list(REGISTRY)},
+        metadata={
+            "help": f"Which schedule: {', '.join(REGISTRY)}, or one of your own, "
+            "package.module:Class."
+        },
     )
     lam: float | None = field(
         default=None, metadata={"help": "Weight on DPO in [0, 1]: f = lam DPO + (1-lam) SFT. [0.5]"}
     )
-    order: str | None = field(
-        default=None,
-        metadata={"help": f"sequential: {' or '.join(ORDERS)}. [sft_then_dpo]"},
-    )
-    split: float | None = field(
-        default=None, metadata={"help": "sequential: share of the steps in the first stage. [0.5]"}
-    )
-    refresh_every: int | None = field(
-        default=None, metadata={"help": "maxright: steps between two probes of both losses. [10]"}
-    )
-    scale_steps: bool | None = field(
-        default=None, metadata={"help": "maxright: scale the step by its weight. [false]"}
-    )
-    value_ema: float | None = field(
-        default=None, metadata={"help": "maxright: weight of a new loss against the old one. [1]"}
+    schedule: Options = field(
+        default_factory=dict,
+        metadata={"help": "Options of the schedule as JSON; each is a flag of its own as well."},
     )
     value_source: str | None = field(
         default=None,
@@ -163,12 +162,6 @@ class JointArguments(TrainingArguments):
             "help": "maxright: rows of each set that --value_source held_out takes. "
             f"[{DEFAULT_ROWS}]"
         },
-    )
-    dpo_probability: float | None = field(
-        default=None, metadata={"help": "importance: how often to draw DPO, in (0, 1). [0.5]"}
-    )
-    cycle: int | None = field(
-        default=None, metadata={"help": "alternate: steps of one round of both objectives. [2]"}
     )
     optima: str = field(
         default="auto",
@@ -249,12 +242,24 @@ class JointArguments(TrainingArguments):
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN losses."})
 
     def __post_init__(self) -> None:
-        self.output_dir = self.output_dir or f"runs/{self.algo}"
+        self.output_dir = self.output_dir or f"runs/{self.algo.replace(':', '.')}"
+        self.schedule = _mapping(self.schedule)
         super().__post_init__()
 
     def batch_size(self, task: Task) -> int:
         own = getattr(self, f"{task.label}_per_device_train_batch_size")
         return self.per_device_train_batch_size if own is None else own
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    """The value of --schedule, as a mapping."""
+    try:
+        options = json.loads(value) if isinstance(value, str) else value or {}
+    except ValueError as error:
+        raise UserError(f"--schedule is no JSON: {error}") from error
+    if not isinstance(options, dict):
+        raise UserError('--schedule takes a mapping, such as {"refresh_every": 5}')
+    return dict(options)
 
 
 @dataclass(frozen=True)
@@ -276,9 +281,7 @@ class RunConfig:
     @property
     def tasks(self) -> tuple[Task, ...]:
         """The objectives that the algorithm trains on."""
-        if self.training.algo in (task.label for task in Task):
-            return (Task[self.training.algo.upper()],)
-        return tuple(Task)
+        return resolve(self.training.algo).trains
 
     def max_length(self, task: Task) -> int | None:
         return self._own_or_common(task, "max_length")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,43 +19,58 @@ from transformers.trainer_utils import SaveStrategy
 
 from llm.flags.arguments import DataArguments, JointArguments, ModelArguments, RunConfig
 from llm.flags.checks import check_batch_flags, check_data_flags, check_model_flags
+from llm.flags.schedule import check_schedule_flags, given_options, schedule_arguments
 from llm.loss.losses import check_preference_options
 from llm.train.values import check_value_options
 from theory.cli import OneLineParser, UserError
-from theory.registry import make_scheduler, scheduler_options
 from theory.tasks import Task
 
 TINY_RECIPE = Path(__file__).parents[1] / "recipes" / "tiny.yaml"
 PROG = "python -m llm.run"
-SCHEDULE_FLAGS = {"lam": "lam", "refresh_every": "refresh_every", "scale_steps": "scale_steps"}
-SCHEDULE_FLAGS |= {"order": "order", "split": "first_steps", "optima": "optimum"}
-SCHEDULE_FLAGS |= {"dpo_probability": "dpo_probability", "cycle": "cycle", "value_ema": "value_ema"}
-SCHEDULE_FLAGS |= {"value_source": "value_ema", "value_rows": "value_ema"}
-"""Flag of the command line -> option of the schedulers that use it."""
 UNSUPPORTED_FLAGS = ("label_smoothing_factor", "auto_find_batch_size")
 """Flags of TrainingArguments that this trainer would not obey."""
 
 
-def parse(argv: Sequence[str]) -> RunConfig:
-    """Read the command line (and its YAML file) into a validated configuration."""
+def parse(argv: Sequence[str], algorithms: Sequence[str] = ()) -> RunConfig:
+    """Read the command line (and its YAML file) into a validated configuration.
+
+    `algorithms` are those of a command that runs several: an option is known if one of them uses
+    it. Without them it is the one of --algo.
+    """
+    recipe = _recipe(argv)
+    values = recipe_values(recipe)
+    algorithms = algorithms or [_algorithm(argv, values)]
     parser = HfArgumentParser(
-        (ModelArguments, DataArguments, JointArguments),  # type: ignore[arg-type]
+        (ModelArguments, DataArguments, JointArguments, schedule_arguments(algorithms)),  # type: ignore[arg-type]
         prog=PROG,
         description="Train one language model on demonstrations and preferences at once.",
         allow_abbrev=False,
     )
     parser.error = OneLineParser.error.__get__(parser)  # type: ignore[method-assign]
     parser.add_argument("--config", help="YAML file with values for any of these flags.")
-    recipe = _recipe(argv)
     known = {action.dest for action in parser._actions} - {"config", "help"}
-    defaults = as_flags(recipe, known)
-    model, data, training, rest = parser.parse_args_into_dataclasses(
+    defaults = as_flags(recipe, values, known)
+    model, data, training, schedule, rest = parser.parse_args_into_dataclasses(
         [*defaults, *argv], look_for_args_file=False
     )
     del rest  # the namespace that holds --config
+    training.schedule |= given_options(schedule)
     config = RunConfig(model, data, training)
-    _check(config, explicit=named_flags(argv if recipe == TINY_RECIPE else [*defaults, *argv]))
+    named = named_flags(argv if recipe == TINY_RECIPE else [*defaults, *argv])
+    check_schedule_flags(algorithms, training, named)
+    _check(config, explicit=named)
     return config
+
+
+def _algorithm(argv: Sequence[str], recipe: Mapping[str, Any]) -> str:
+    """What --algo says, needed before the parser is made: it has the options of the algorithm."""
+    given = [str(recipe.get("algo", JointArguments.algo))]
+    for i, token in enumerate(argv):
+        if token.startswith("--algo="):
+            given.append(token.removeprefix("--algo="))
+        elif token == "--algo" and i + 1 < len(argv):
+            given.append(argv[i + 1])
+    return given[-1]
 
 
 def named_flags(tokens: Sequence[str]) -> set[str]:
@@ -73,10 +88,10 @@ def _recipe(argv: Sequence[str]) -> Path | None:
     return None if "model_name_or_path" in named_flags(argv) else TINY_RECIPE
 
 
-def as_flags(recipe: Path | None, known: set[str]) -> list[str]:
-    """A YAML mapping as command-line tokens, so that the same parser checks both."""
+def recipe_values(recipe: Path | None) -> dict[str, Any]:
+    """The mapping in a YAML file; empty without one."""
     if recipe is None:
-        return []
+        return {}
     try:
         values = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     except OSError as error:
@@ -85,7 +100,12 @@ def as_flags(recipe: Path | None, known: set[str]) -> list[str]:
         raise UserError(f"--config {recipe} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"--config {recipe} must hold a mapping of flags to values")
-    unknown = sorted(set(map(str, values)) - known)
+    return {str(key): value for key, value in values.items()}
+
+
+def as_flags(recipe: Path | None, values: Mapping[str, Any], known: set[str]) -> list[str]:
+    """The mapping as command-line tokens, so that the same parser checks both."""
+    unknown = sorted(set(values) - known)
     if unknown:
         raise UserError(f"--config {recipe} has unknown keys: {', '.join(unknown)}")
     tokens: list[str] = []
@@ -100,19 +120,8 @@ def as_flags(recipe: Path | None, known: set[str]) -> list[str]:
 def _check(config: RunConfig, explicit: set[str]) -> None:
     """Everything that can be refused before a model or a data set is opened."""
     training = config.training
-    used = scheduler_options(training.algo)
-    for flag, option in SCHEDULE_FLAGS.items():
-        if flag in explicit and option not in used and flag != "optima":
-            takes = [f for f, o in SCHEDULE_FLAGS.items() if o in used]
-            raise UserError(
-                f"--{flag} is not used by --algo {training.algo} "
-                f"(it takes: {', '.join(f'--{t}' for t in takes) or 'no schedule flags'})"
-            )
-    for name, value in (("split", training.split), ("conflict", config.data.conflict)):
-        if value is not None and not 0.0 <= value <= 1.0:
-            raise UserError(f"--{name} is {value}; it must lie in [0, 1]")
-    # The scheduler checks its own options; the optimum is known only later.
-    make_scheduler(training.algo, **schedule_options(training, 1, optimum=(0.0, 0.0)))
+    if not 0.0 <= config.data.conflict <= 1.0:
+        raise UserError(f"--conflict is {config.data.conflict}; it must lie in [0, 1]")
     if training.force_resume and not training.resume_from_checkpoint:
         raise UserError("--force_resume is not used without --resume_from_checkpoint")
     if "clipping" in explicit and not training.max_grad_norm:
@@ -164,21 +173,3 @@ def _check_best_metric(training: JointArguments) -> None:
             "the best model needs --metric_for_best_model dpo_loss, sft_loss or another metric of "
             f"one objective; it is {training.metric_for_best_model}"
         )
-
-
-def schedule_options(training: JointArguments, num_steps: int, **extra: Any) -> dict[str, Any]:
-    """The options of the chosen scheduler, defaults filled in."""
-    values = {
-        "lam": 0.5 if training.lam is None else training.lam,
-        "seed": training.seed,
-        "order": training.order or "sft_then_dpo",
-        "first_steps": round((0.5 if training.split is None else training.split) * num_steps),
-        "refresh_every": 10 if training.refresh_every is None else training.refresh_every,
-        "scale_steps": bool(training.scale_steps),
-        "value_ema": 1.0 if training.value_ema is None else training.value_ema,
-        "dpo_probability": 0.5 if training.dpo_probability is None else training.dpo_probability,
-        "cycle": 2 if training.cycle is None else training.cycle,
-        **extra,
-    }
-    used = scheduler_options(training.algo)
-    return {name: value for name, value in values.items() if name in used}

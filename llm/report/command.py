@@ -26,6 +26,8 @@ SET_BY_THE_MACHINE = {
     *("do_eval", "dataloader_pin_memory"),
 }
 """Recorded settings that say nothing about the result, or follow from others."""
+OTHERWISE = SET_BY_THE_MACHINE | {"schedule"}
+"""Settings that are no flag of this name: the options of the schedule are flags of their own."""
 
 
 def command(record: RunRecord) -> str:
@@ -35,10 +37,12 @@ def command(record: RunRecord) -> str:
     for part, kind in KINDS.items():
         values = record.config.get(part, {})
         for name, default in ((f.name, f.default) for f in fields(kind) if f.name in values):
-            if name in SET_BY_THE_MACHINE or (isinstance(values[name], dict) and name not in DICTS):
+            if name in OTHERWISE or (isinstance(values[name], dict) and name not in DICTS):
                 continue
             if _differs(values[name], default) or (name in beneath and values[name] is not None):
                 flags.append(_flag(name, values[name]))
+    options = record.training.get("schedule", {})
+    flags += [_flag(name, value) for name, value in options.items()]
     return " \\\n    ".join(flags)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -68,12 +67,8 @@ class RunRecord:
 
     @property
     def probes(self) -> list[int]:
-        """The steps at which MAXRIGHT evaluated both losses."""
-        if self.state is None or not self.state["probes"]:
-            return []
-        period = re.search(r"refresh_every=(\d+)", self.state["identity"]["schedule"])
-        every = 1 if period is None else int(period[1])
-        return list(range(0, len(self.state["decisions"]), every))
+        """The steps before which the schedule had both losses evaluated."""
+        return [] if self.state is None else list(self.state["probed_at"])
 
 
 def sum_of_steps(record: RunRecord) -> int:

@@ -174,7 +174,7 @@ def _decisions(record: RunRecord) -> Iterator[Html]:
     ]
     parts.append(table(("objective", "steps", "tokens", "rows drawn"), rows))
     schedule = state["identity"]["schedule"]
-    probes = f"; {state['probes']} probes of both losses" if state["probes"] else ""
+    probes = f"; {len(record.probes)} probes of both losses" if record.probes else ""
     parts.append(paragraph(f"Schedule: {schedule}{probes}.", "note"))
     if record.summary is None:
         parts.append(paragraph("As of the newest checkpoint.", "note"))

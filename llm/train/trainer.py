@@ -102,7 +102,7 @@ class JointTrainer(ReportingTrainer):
         self.steps_taken = dict.fromkeys(self.streams, 0)
         self.tokens_seen = dict.fromkeys(self.streams, 0)
         self._tokens_drawn = dict.fromkeys(self.streams, 0)  # on this rank, not yet in tokens_seen
-        self.probes = 0
+        self.probed_at: list[int] = []
         self._observed: Callable[[], NDArray[np.float64]] | None = None
         self._forwarded: dict[Task, tuple[Batch, Terms]] = {}
         self._tokens_per_forward = tokens_per_forward(args)
@@ -180,7 +180,7 @@ class JointTrainer(ReportingTrainer):
 
     def _probe(self, num_batches: int) -> NDArray[np.float64]:
         """Both losses (2,), by one reduction over the ranks and one read of the device."""
-        self.probes += 1
+        self.probed_at.append(self.schedule.step)
         with self.clock.phase("probes"):
             # On the batch that it would train on next, a probe does the forward pass of the step.
             reuse = num_batches == 1 and not self.value_rows
@@ -283,7 +283,7 @@ class JointTrainer(ReportingTrainer):
             "consumed": {task.label: stream.consumed for task, stream in self.streams.items()},
             "steps_taken": {task.label: n for task, n in self.steps_taken.items()},
             "tokens_seen": {task.label: n for task, n in self.tokens_seen.items()},
-            "probes": self.probes,
+            "probed_at": self.probed_at,
             "step_norms": self.step_norms.to_json(),
             "decisions": self.decisions,
             "identity": self._identity,
@@ -301,6 +301,11 @@ class JointTrainer(ReportingTrainer):
             train_rows=self.train_rows,
             value_rows=self.value_rows,
         )
+
+    @property
+    def probes(self) -> int:
+        """How often both losses were evaluated for the schedule."""
+        return len(self.probed_at)
 
     @property
     def num_steps(self) -> int:
@@ -321,7 +326,7 @@ class JointTrainer(ReportingTrainer):
             stream.consumed = saved["consumed"].get(task.label, 0)
             self.steps_taken[task] = saved["steps_taken"].get(task.label, 0)
             self.tokens_seen[task] = saved["tokens_seen"].get(task.label, 0)
-        self.probes, self.decisions = saved["probes"], saved["decisions"]
+        self.probed_at, self.decisions = saved["probed_at"], saved["decisions"]
         self.step_norms.restore(saved["step_norms"])
         if self.scheduler.reads_losses and self.schedule.values is None:
             values = self._probe(self.args.gradient_accumulation_steps)

@@ -88,7 +88,7 @@ class Bench:
         return pd.DataFrame(
             {
                 "arm": arm,
-                "lam": run.lam,
+                "lam": run.knob,
                 "seed": run.seed,
                 "f_dpo": record["f_dpo"],
                 "f_sft": record["f_sft"],

@@ -17,6 +17,7 @@ from llm.validate.source import Comparison
 from theory.metrics import mean_interval, mix_value, optimality_gaps
 from theory.predictions import Verdict
 from theory.predictions.claims import CostPerStep
+from theory.registry import flags_of
 from theory.schedulers import ORDERS
 from theory.tasks import Task
 
@@ -95,7 +96,7 @@ def _lock_out(comparison: Comparison, lines: list[str], found: dict[str, Any]) -
         return _cause("lock-out", True, "no run of MAXRIGHT is named")
     if training.value_source == "held_out":
         return _cause("lock-out", True, "values come from rows held out")
-    period = training.refresh_every or 10
+    period = training.schedule.get("refresh_every", flags_of("maxright")["refresh_every"].default)
     study = found.get("stale minibatch values lock out, by the gap ratio", "not studied")
     words = f"values from minibatches, refreshed every {period} steps; lock-out: {study}"
     return _cause("lock-out", False, words)

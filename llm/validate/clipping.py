@@ -53,7 +53,7 @@ def _runs(bench: Bench, algorithm: str, lams: tuple[float, ...]) -> list[Run]:
     rate = bench.comparison.rate(algorithm, "mix", "alright")
     steps = bench.config.study_steps
     return [
-        Run(algorithm, steps, rate, seed, lam=lam, path=False)
+        Run(algorithm, steps, rate, seed, knob=lam, path=False)
         for lam in lams
         for seed in bench.seeds
     ]

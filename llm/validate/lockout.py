@@ -58,7 +58,10 @@ def _run(bench: Bench, name: str, period: int, flags: dict[str, Any]) -> pd.Data
     rate = bench.comparison.rate("maxright", "alright")
     runs = [
         Run(
-            "maxright", bench.config.study_steps, rate, seed, lam, optimum=bench.optimum, path=False
+            *("maxright", bench.config.study_steps, rate, seed),
+            knob=lam,
+            optimum=bench.optimum,
+            path=False,
         )
         for lam in bench.lams
         for seed in bench.seeds
@@ -68,7 +71,7 @@ def _run(bench: Bench, name: str, period: int, flags: dict[str, Any]) -> pd.Data
         "sft_per_device_train_batch_size": None,
         "dpo_per_device_train_batch_size": None,
     }
-    values = {"value_source": None, "value_rows": None, "value_ema": None}
+    values = {"value_source": None, "value_rows": None, "value_ema": 1.0}
     shared = sizes | values | {"refresh_every": period} | flags
     return bench.run(f"values-{name}-every-{period}", runs, shared)
 

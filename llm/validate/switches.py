@@ -55,7 +55,7 @@ def run_switches(bench: Bench) -> SwitchRuns:
     rate = bench.comparison.rate("alright", "mix")
 
     def runs(algorithm: str) -> list[Run]:
-        return [Run(algorithm, steps, rate, s, lam=LAM, path=False) for s in bench.seeds]
+        return [Run(algorithm, steps, rate, s, knob=LAM, path=False) for s in bench.seeds]
 
     mix = bench.run("constant-mix", runs("mix"), CONSTANT, keep_models=True)
     base = _gap_base(mix)

@@ -117,8 +117,8 @@ def _runs(bench: Bench, name: str) -> list[Run]:
     shared: dict[str, Any] = {"steps": int(bench.comparison.summary["steps"]), "path": False}
     shared["learning_rate"] = bench.comparison.rate(name, "mix")
     if name in ORDERS:
-        return [Run("sequential", seed=s, order=name, split=0.5, **shared) for s in bench.seeds]
-    return [Run("mix", seed=s, lam=LAM, **shared) for s in bench.seeds]
+        return [Run("sequential", seed=s, line=name, knob=0.5, **shared) for s in bench.seeds]
+    return [Run("mix", seed=s, knob=LAM, **shared) for s in bench.seeds]
 
 
 def _probe(bench: Bench, folder: str) -> Probe:

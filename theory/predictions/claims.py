@@ -284,7 +284,9 @@ class CostPerStep(Prediction):
 
     def model(self, point: EndPoint) -> float:
         """Cost per step that the model predicts for the setting of an end point."""
-        given = {"lam": point.lam} | {name: point.first(name) for name in flags_of(point.algorithm)}
+        flags = flags_of(point.algorithm).values()
+        numbers = (flag.name for flag in flags if flag.kind is not str)
+        given = {name: point.first(name) for name in numbers} | {"lam": point.lam}
         scheduler = typical_scheduler(point.algorithm, given)
         return cost_per_step(scheduler, costs=self.costs, p_dpo=point.first("p_dpo"))
 
