@@ -43,6 +43,7 @@ from theory.predictions.experiment import (
 )
 from theory.predictions.paper_numbers import ALRIGHT_EXCESS, GAPS, LAM, ROUNDING, paper_verdicts
 from theory.problems import PROBLEMS, make_problem
+from theory.registry import typical_scheduler
 
 LAMS = (0.1, 0.3, 0.5, 0.7, 0.9)
 KEYS = tuple(p.key for p in PREDICTIONS)
