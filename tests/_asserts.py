@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -142,11 +142,6 @@ def assert_binomial(successes: int, trials: int, probability: float) -> None:
     assert abs(successes - trials * probability) <= 4.5 * deviation
 
 
-def mean_and_error(samples: Array) -> tuple[float, float]:
-    """Sample mean and its standard error."""
-    return float(samples.mean()), float(samples.std(ddof=1) / math.sqrt(len(samples)))
-
-
 # --- schedulers
 
 
@@ -182,16 +177,19 @@ def projected_gradient_descent(
     weights: Sequence[Sequence[float]],
     step_size: StepSize,
     start: Array,
+    slope: Callable[[int, int, Array], Array] | None = None,
 ) -> dict[str, Array]:
-    """One run with exact gradients, in plain NumPy: the last iterate and both averages."""
+    """One run in plain NumPy: the last iterate and both averages.
+
+    `slope` gives the gradient at step t (from 0) of the objective with index i; else it is exact.
+    """
     theta, alphas, visited = start, [], []
+    slope = slope or (lambda t, i, theta: problem.objectives[i].gradient(theta))
     for t, pair in enumerate(weights, start=1):
         alpha = step_size.scale / math.sqrt(t) if step_size.decay else step_size.scale
         alphas.append(alpha)
         visited.append(theta)
-        gradient = sum(
-            w * f.gradient(theta) for w, f in zip(pair, problem.objectives, strict=True) if w
-        )
+        gradient = sum(w * slope(t - 1, i, theta) for i, w in enumerate(pair) if w)
         theta = theta - alpha * gradient
         norm = float(np.linalg.norm(theta))
         if norm > problem.radius:

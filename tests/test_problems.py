@@ -25,7 +25,6 @@ from theory.problems import (
 )
 from theory.tasks import Task
 
-LAMS = [0.05, 0.25, 0.5, 0.75, 0.95]
 TASKS = pytest.mark.parametrize("last", list(Task))
 PROBABILITIES = st.floats(0.05, 0.95)  # |logit| < 3: inside the ball of radius 4
 LAM = st.floats(0.01, 0.99)
@@ -130,30 +129,6 @@ def test_bernoulli_kl_is_the_relative_entropy(a: float, b: float) -> None:
     assert bernoulli_kl(a, a) == 0.0
 
 
-@TASKS
-def test_both_bernoulli_orders_end_0_51_above_the_joint_optimum(last: Task) -> None:
-    """p = .9, q = .1, lam = 1/2: G_Mix = KL(1/2 || 9/10) = log(5/3) whatever comes last."""
-    problem = bernoulli(p=0.9, q=0.1)
-    assert problem.mix_gap_limit is not None
-    assert problem.minimisers is not None
-    limit = problem.mix_gap_limit(last, 0.5)
-    assert limit == pytest.approx(np.log(5 / 3), abs=EXACT)
-    assert round(limit, 4) == 0.5108
-    assert mix_gap(problem, problem.minimisers[last], 0.5) == pytest.approx(limit, abs=VALUE)
-
-
-@settings(deadline=None, max_examples=100)
-@given(PROBABILITIES, PROBABILITIES, LAM)
-def test_bernoulli_sequential_limits_obey_the_pinsker_lower_bound(
-    p: float, q: float, lam: float
-) -> None:
-    """2 lam^2 (p - q)^2 when SFT comes last, 2 (1 - lam)^2 (p - q)^2 when DPO does."""
-    limit = bernoulli(p, q).mix_gap_limit
-    assert limit is not None
-    assert limit(Task.SFT, lam) >= 2 * lam**2 * (p - q) ** 2 - EXACT
-    assert limit(Task.DPO, lam) >= 2 * (1 - lam) ** 2 * (p - q) ** 2 - EXACT
-
-
 def test_bernoulli_limit_is_claimed_for_beta_1_only() -> None:
     assert bernoulli(beta=0.5, radius=6.0).mix_gap_limit is None
 
@@ -198,68 +173,18 @@ def test_the_limit_formula_is_the_gap_at_the_last_objective_s_minimiser(
 
 
 @settings(deadline=None, max_examples=50)
-@given(PROBABILITIES, PROBABILITIES, LAM, st.sampled_from(Task))
-def test_the_bernoulli_limit_vanishes_only_without_conflict(
-    p: float, q: float, lam: float, last: Task
+@given(PROBABILITIES, PROBABILITIES, st.integers(0, 1000), LAM, st.sampled_from(Task))
+def test_the_limits_vanish_only_without_conflict(
+    p: float, q: float, seed: int, lam: float, last: Task
 ) -> None:
-    limit = bernoulli(p, q).mix_gap_limit
-    same = bernoulli(p, p).mix_gap_limit
-    assert limit is not None
-    assert same is not None
-    assert same(last, lam) == pytest.approx(0.0, abs=EXACT)
-    if abs(p - q) > 1e-3:
-        assert limit(last, lam) > 1e-11
+    def limit(problem: Problem) -> float:
+        assert problem.mix_gap_limit is not None
+        return problem.mix_gap_limit(last, lam)
 
-
-@settings(deadline=None, max_examples=25)
-@given(st.integers(0, 1000), LAM, st.sampled_from(Task))
-def test_the_quadratic_limit_vanishes_only_without_conflict(
-    seed: int, lam: float, last: Task
-) -> None:
-    limit = quadratic(distance=1.0, seed=seed).mix_gap_limit
-    same = quadratic(distance=0.0, seed=seed).mix_gap_limit
-    assert limit is not None
-    assert same is not None
-    assert same(last, lam) == 0.0
-    assert limit(last, lam) > 0.0
-
-
-@TASKS
-@pytest.mark.parametrize("lam", LAMS)
-@pytest.mark.parametrize("seed", range(4))
-def test_the_quadratic_limit_lies_between_its_gradient_norm_bounds(
-    seed: int, lam: float, last: Task
-) -> None:
-    """w^2 |g|^2 / (2 L) <= G_Mix <= w^2 |g|^2 / (2 mu), g and w of the abandoned objective.
-
-    L and mu are the extreme eigenvalues of lam H_1 + (1 - lam) H_2.
-    """
-    problem = quadratic(seed=seed)
-    assert problem.mix_gap_limit is not None
-    assert problem.minimisers is not None
-    end = problem.minimisers[last]
-    gradient = problem.objectives[last.other].gradient(end)
-    weight = lam if last == Task.SFT else 1.0 - lam
-    eigenvalues = np.linalg.eigvalsh(problem.mix(lam).hessian(end))
-    scale = weight**2 * gradient @ gradient / 2
-    limit = problem.mix_gap_limit(last, lam)
-    assert scale / eigenvalues[-1] * (1 - EXACT) <= limit
-    assert limit <= scale / eigenvalues[0] * (1 + EXACT)
-
-
-@pytest.mark.parametrize("instance", CLOSED_FORM)
-def test_the_two_orders_cross_at_lam_c(instance: str) -> None:
-    """lam_c = delta_2(theta_1*) / (delta_1(theta_2*) + delta_2(theta_1*)); DPO first wins below."""
-    problem = INSTANCES[instance]()
-    limit = problem.mix_gap_limit
-    assert limit is not None
-    assert problem.minimisers is not None
-    losses = problem.losses(np.stack(problem.minimisers))
-    dpo_lost, sft_lost = losses[1, 0] - losses[0, 0], losses[0, 1] - losses[1, 1]
-    crossing = float(sft_lost / (dpo_lost + sft_lost))
-    assert limit(Task.SFT, crossing) == pytest.approx(limit(Task.DPO, crossing), abs=VALUE)
-    assert limit(Task.SFT, 0.9 * crossing) < limit(Task.DPO, 0.9 * crossing)
-    assert limit(Task.SFT, 1.1 * crossing) > limit(Task.DPO, 1.1 * crossing)
+    assert limit(bernoulli(p, p)) == pytest.approx(0.0, abs=EXACT)
+    assert abs(p - q) <= 1e-3 or limit(bernoulli(p, q)) > 1e-11
+    assert limit(quadratic(distance=0.0, seed=seed)) == 0.0
+    assert limit(quadratic(distance=1.0, seed=seed)) > 0.0
 
 
 # --- quadratic, toy2d, softmax
@@ -351,19 +276,6 @@ def test_parameters_reach_the_problem() -> None:
     assert problem.radius == 3.0
     assert problem.minimisers is not None
     assert problem.minimisers[Task.DPO] == pytest.approx(logit(0.7))
-
-
-def test_an_unknown_problem_is_an_error_that_lists_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="unknown problem") as error:
-        make_problem("rosenbrock")
-    assert_one_line_error(str(error.value), "'rosenbrock'", *PROBLEMS)
-
-
-@pytest.mark.parametrize("name", PROBLEMS)
-def test_an_unknown_parameter_is_an_error_that_names_it(name: str) -> None:
-    with pytest.raises(ValueError, match="has no temperature") as error:
-        make_problem(name, temperature=1.0)
-    assert_one_line_error(str(error.value), repr(name))
 
 
 def test_bernoulli_kl_of_certain_events() -> None:

@@ -6,14 +6,17 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
-from _asserts import EXACT, points_in_ball
+from _asserts import EXACT, points_in_ball, sample_gradients
 from numpy.typing import NDArray
 
 from theory.kernels import tangent_bounds
+from theory.objectives import Quadratic
 from theory.optima import problem_optima
-from theory.problems import PROBLEMS, make_problem
-from theory.schedulers import Array, Maxright, Probe, Scheduler, ScheduleState
-from theory.simulate import StepSize, Trace, simulate
+from theory.problems import PROBLEMS, Problem, make_problem
+from theory.schedulers import Array, Maxright, Mix, Probe, Scheduler, ScheduleState
+from theory.simulate import Loop, StepSize, Trace, simulate
+from theory.tasks import Task
+from theory.values import PROBE_STREAMS, SAMPLE_STREAMS
 
 EVERY_PROBLEM = pytest.mark.parametrize("name", PROBLEMS)
 LAMS = (0.05, 0.2, 0.5, 0.8, 0.95)
@@ -94,12 +97,6 @@ def test_lazy_values_decide_as_exact_ones_and_never_probe_more(
     assert len(np.unique(exact.weights[:, 2], axis=0)) == 2  # both objectives had their turn
     assert np.all(lazy.probes <= exact.probes)
     assert lazy.probes[-1].sum() < 0.7 * exact.probes[-1].sum()
-
-
-@pytest.mark.parametrize("options", [{"refresh_every": 7}, {"refresh_every": 1, "value_ema": 0.5}])
-def test_lazy_values_are_refused_where_they_would_be_remembered(options: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match="values='lazy' is for"):
-        maxright("bernoulli", "lazy", **options)
 
 
 @EVERY_PROBLEM
@@ -208,6 +205,87 @@ def test_probing_does_not_disturb_the_samples_of_the_steps() -> None:
         np.testing.assert_array_equal(path, paths[0])
 
 
-def test_an_unknown_source_is_an_error_that_lists_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="values is 'guess'; it must be one of exact, lazy"):
-        maxright("bernoulli", "guess")
+# --- Gram matrices
+
+
+@dataclass(frozen=True)
+class MinNorm(Scheduler):
+    """Steps along the shortest convex combination of the two gradients (MGDA); remembers them."""
+
+    grams: list[Array] = field(default_factory=list)
+    reads_gram = True
+
+    def select(self, state: ScheduleState, probe: Probe) -> tuple[Array, ScheduleState]:
+        self.grams.append(probe.gram().copy())
+        first, inner, second = np.moveaxis(self.grams[-1], -1, 0)
+        spread = np.maximum(first - 2.0 * inner + second, 1e-300)
+        share = np.clip((second - inner) / spread, 0.0, 1.0)
+        return np.stack([share, 1.0 - share], axis=-1), state
+
+
+@EVERY_PROBLEM
+@pytest.mark.parametrize("values", ["exact", "fresh", "same"])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_the_gram_matrix_is_that_of_the_gradients_at_the_current_parameters(
+    name: str, values: str, batch_size: int
+) -> None:
+    """Of the full gradients, or the mean over the samples t b, .., t b + b - 1 of a minibatch."""
+    problem, scheduler, seeds, steps = make_problem(name), MinNorm(), (3, 4), 20
+    step_size = StepSize(0.01, decay=False)
+    trace = simulate(
+        problem, scheduler, num_steps=steps, step_size=step_size, seeds=seeds, values=values,
+        batch_size=batch_size, record_steps=range(1, steps + 1), record_weights=True,
+    )  # fmt: skip
+    assert trace.weights is not None
+    streams = PROBE_STREAMS if values == "fresh" else SAMPLE_STREAMS
+    path = np.concatenate([np.zeros((1, 2, problem.dim)), trace.theta["last"]])
+    for t, run in np.ndindex(steps, len(seeds)):
+        theta, rows = path[t, run], slice(t * batch_size, (t + 1) * batch_size)
+        gradients = np.stack([f.gradient(theta) for f in problem.objectives])
+        if values != "exact":
+            for task, f in enumerate(problem.objectives):
+                draws = f.draws((seeds[run],), streams[Task(task)], 0)[0, rows]
+                gradients[task] = sample_gradients(f, theta, draws)[0].mean(axis=0)
+        expected = (gradients @ gradients.T)[[0, 0, 1], [0, 1, 1]]
+        scale = 1.0 + expected.max()
+        found = scheduler.grams[t][run]
+        np.testing.assert_allclose(found, expected, rtol=0, atol=EXACT * scale)
+        if values == "same":  # the step is along the very gradients of the Gram matrix
+            moved = theta - 0.01 * trace.weights[t, run] @ gradients
+            np.testing.assert_allclose(path[t + 1, run], moved, rtol=0, atol=EXACT * scale)
+    assert np.all(trace.probes[-1] == (0 if values == "same" else steps))
+
+
+class NoFullGradient(Quadratic):
+    compiled = Quadratic.compiled
+
+    def gradient(self, theta: Array) -> Array:
+        raise AssertionError("nobody asked for it")
+
+
+@pytest.mark.parametrize("values", ["exact", "fresh", "same"])
+@pytest.mark.parametrize("scheduler", [Mix(0.5), Maxright(0.5, (0.0, 0.0), refresh_every=3)])
+def test_a_schedule_that_asks_for_no_gradient_causes_none(
+    values: str, scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object) -> Array:
+        raise AssertionError("nobody asked for it")
+
+    monkeypatch.setattr(Loop, "sample_gradients", refuse)
+    objective = NoFullGradient(np.eye(2), np.ones(2), 0.1)
+    problem = Problem("own", (objective, objective), 3.0, 1.0)
+    simulate(
+        problem, scheduler, num_steps=9, step_size=StepSize(0.1), seeds=range(2), values=values
+    )
+
+
+def test_lazy_values_say_what_a_schedule_that_asks_for_gradients_must_declare() -> None:
+    @dataclass(frozen=True)
+    class Silent(MinNorm):
+        reads_gram = False
+
+    with pytest.raises(ValueError, match="values='lazy' gives no gradients: Silent must set"):
+        simulate(
+            make_problem("toy2d"), Silent(), num_steps=3, step_size=StepSize(0.1), seeds=(0,),
+            values="lazy",
+        )  # fmt: skip

@@ -82,7 +82,7 @@ def scheduler_of(algorithm: str, grid: list[tuple[float, int]], num_steps: int) 
     if algorithm == "maxright":
         return Maxright(lams, problem_optima(PROBLEM).values, refresh_every=1)
     if algorithm == "sequential":
-        return Sequential(num_steps // 2)
+        return Sequential(num_steps // 2, "dpo_then_sft")
     return Mix(lams) if algorithm == "mix" else Alright(lams, seeds)
 
 

@@ -6,9 +6,8 @@ import argparse
 from typing import Any, Protocol
 
 from theory.cli import OneLineParser, UserError, positive_int, unit_float
-from theory.feature_file import FeatureFile, is_feature_file
 from theory.plotting.style import short_name
-from theory.problems import PROBLEMS
+from theory.problems import PROBLEMS, make_problem
 from theory.registry import flags_of
 
 
@@ -42,22 +41,19 @@ def sweep_parser(name: str, description: str, defaults: SweepConfig) -> OneLineP
 
 
 def add_problem(parser: OneLineParser, default: list[str] | None, note: str = "") -> None:
-    """`--problem`: names of `PROBLEMS` and feature files, checked before any work starts."""
+    """`--problem`: names of problems, checked before any work starts."""
     names = ", ".join(PROBLEMS)
-    text = f"any of {names}, or files of python -m llm.features (FILE.npz){note}"
+    text = f"any of {names}, files of python -m llm.features (FILE.npz), functions of your own "
+    text += f"(package.module:function){note}"
     parser.add_argument("--problem", nargs="+", type=problem_name, default=default, help=text)
 
 
 def problem_name(text: str) -> str:
-    """A name of `PROBLEMS`, or the path of a feature file that loads."""
-    if is_feature_file(text):
-        try:
-            FeatureFile.load(text)
-        except UserError as error:
-            raise argparse.ArgumentTypeError(str(error)) from error
-    elif text not in PROBLEMS:
-        names = ", ".join(PROBLEMS)
-        raise argparse.ArgumentTypeError(f"{text!r} is not one of {names}, nor a .npz file")
+    """What `make_problem` can build without parameters."""
+    try:
+        make_problem(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
     return text
 
 

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
+from theory import checks
 from theory.cli import UserError
 from theory.records import write_file
 
@@ -25,6 +26,8 @@ Array = NDArray[np.float64]
 
 FORMAT = "joint-sft-dpo features 1"
 SUFFIX = ".npz"
+DAMAGE = (OSError, ValueError, TypeError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error)
+"""What reading a file that is damaged, or lies about its size, may raise."""
 
 
 def is_feature_file(problem: str) -> bool:
@@ -63,25 +66,20 @@ class FeatureFile:
     """Where the numbers come from: model, data, flags."""
 
     def __post_init__(self) -> None:
-        _check_prompts("dpo", self.dpo_features, self.dpo_log_base)
-        _check_prompts("sft", self.sft_features, self.sft_log_base)
-        if self.dpo_features.shape[2] != self.dim:
-            raise ValueError("the two sets of features have different dimensions")
-        if not np.all(self.dpo_log_base[:, :2] > -np.inf):
-            raise ValueError("a chosen or rejected response is no candidate")
-        pairs, preferred = len(self.dpo_features), self.preference
-        if preferred.shape != (pairs,) or not np.all((preferred > 0.0) & (preferred < 1.0)):
-            raise ValueError(f"preference must hold {pairs} probabilities in (0, 1)")
-        labels = self.sft_labels
-        if labels.shape != self.sft_log_base.shape or not np.all(labels >= 0.0):
-            raise ValueError("sft_labels must hold a probability for each candidate")
-        if not np.allclose(labels.sum(axis=1), 1.0, rtol=0.0, atol=1e-9):
-            raise ValueError("the rows of sft_labels must sum to 1")
-        if np.any(labels[self.sft_log_base == -np.inf] > 0.0):
-            raise ValueError("a demonstrated response is no candidate")
+        dpo, dpo_base = _candidates("dpo", self.dpo_features, self.dpo_log_base)
+        sft, sft_base = _candidates("sft", self.sft_features, self.sft_log_base)
+        if dpo.shape[2] != sft.shape[2]:
+            raise ValueError("dpo_features and sft_features have different dimensions")
+        if not np.all(dpo_base[:, :2] > -np.inf):
+            raise ValueError("a chosen or rejected response is no candidate (dpo_log_base is -inf)")
+        preference = checks.probabilities("preference", self.preference, pairs=len(dpo))
+        if not np.all((preference > 0.0) & (preference < 1.0)):
+            raise ValueError("preference must lie strictly between 0 and 1")
+        labels = checks.labels("sft_", self.sft_labels, sft_base)
+        checks.assign(self, dpo_features=dpo, dpo_log_base=dpo_base, preference=preference)
+        checks.assign(self, sft_features=sft, sft_log_base=sft_base, sft_labels=labels)
         for name in ("beta", "radius", "step_scale"):
-            if not 0.0 < getattr(self, name) < np.inf:
-                raise ValueError(f"{name} must be positive and finite")
+            checks.assign(self, **{name: checks.number(name, getattr(self, name))})
 
     @property
     def dim(self) -> int:
@@ -111,13 +109,13 @@ class FeatureFile:
             with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as archive:
                 if str(archive["format"]) != FORMAT:
                     _refuse(path, f"its format is {str(archive['format'])[:40]!r}")
-                arrays = {f.name: archive[f.name] for f in fields(cls)}
-            return cls(**{name: _field(name, value) for name, value in arrays.items()})
+                found: dict[str, Any] = {f.name: archive[f.name] for f in fields(cls)}
+            return cls(**found | {"about": json.loads(str(found["about"]))})
         except UserError:
             raise
         except KeyError as error:
             _refuse(path, str(error.args[0]))
-        except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        except DAMAGE as error:
             _refuse(path, str(error))
 
     @staticmethod
@@ -130,22 +128,8 @@ def _refuse(path: str | Path, reason: str) -> NoReturn:
     raise UserError(f"{path} is no whole file of python -m llm.features: {reason}")
 
 
-def _field(name: str, value: NDArray[Any]) -> Any:
-    if name == "about":
-        return json.loads(str(value))
-    if name in ("beta", "radius", "step_scale"):
-        return float(value)
-    return np.ascontiguousarray(value, dtype=np.float64)
-
-
-def _check_prompts(name: str, features: Array, log_base: Array) -> None:
-    if features.ndim != 3 or features.shape[1] < 2 or 0 in features.shape:
-        raise ValueError(f"{name}_features must be (prompts, candidates, dimensions)")
-    if log_base.shape != features.shape[:2]:
-        raise ValueError(f"{name}_log_base must have a value for each candidate")
-    if not np.all(np.isfinite(features)):
-        raise ValueError(f"{name}_features are not finite")
-    if np.any(np.isnan(log_base)) or np.any(log_base == np.inf):
-        raise ValueError(f"{name}_log_base must be numbers, or -inf for no candidate")
-    if not np.all((log_base > -np.inf).sum(axis=1) >= 2):
-        raise ValueError(f"a {name} prompt has fewer than two candidates")
+def _candidates(task: str, features: Array, log_base: Array) -> tuple[Array, Array]:
+    phi, base = checks.candidates(f"{task}_", features, log_base)
+    if not np.all((base > -np.inf).sum(axis=1) >= 2):
+        raise ValueError(f"a {task} prompt has fewer than two candidates")
+    return phi, base

@@ -4,15 +4,40 @@ Each kernel loops over runs r and touches run r's numbers only: results do not d
 share a batch. Sums may be reassociated for vector units (the only liberties of `fastmath` taken are
 that and fused multiply-add), so the last bits may differ between processors, not between runs.
 Arguments are as in `objectives.StochasticObjective.add_stochastic_gradient`.
+
+Compiled code knows a kernel by the type of its data: one NamedTuple for each, which numba can cache
+on disk (a kernel passed as an argument would be compiled anew in every process).
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
-from numba import njit, types
+from numba import njit
 from numba.extending import overload
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+
+class QuadraticData(NamedTuple):
+    matrix: Array
+    center: Array
+    noise: float
+
+
+class LogisticData(NamedTuple):
+    rows: Array
+    shift: Array
+    preference: Array
+
+
+class SoftmaxData(NamedTuple):
+    features: Array
+    cumulative: Array
+    log_base: Array
 
 
 @njit(cache=True, nogil=True, fastmath={"reassoc", "contract"})
@@ -101,9 +126,8 @@ def softmax(
                 out[r, j] += scale * features[x, k, j]
 
 
-KERNELS = {(2, 1, 0): quadratic, (2, 1, 1): logistic, (3, 2, 2): softmax}
-"""The kernel of an objective by the dimensions of its data. Compiled code picks it by type, which
-numba can cache on disk; a kernel passed as an argument would be compiled anew in every process."""
+KERNELS = {QuadraticData: quadratic, LogisticData: logistic, SoftmaxData: softmax}
+"""The kernels that the compiled loops below know, by the type of their data."""
 
 
 def add_gradients(theta, weights, column, draws, seed_index, offset, data, out, losses):
@@ -113,10 +137,11 @@ def add_gradients(theta, weights, column, draws, seed_index, offset, data, out, 
 
 @overload(add_gradients)
 def _add_gradients(theta, weights, column, draws, seed_index, offset, data, out, losses):
-    kernel = KERNELS[tuple(t.ndim if isinstance(t, types.Array) else 0 for t in data)]
+    kernel = KERNELS[data.instance_class]
 
     def call(theta, weights, column, draws, seed_index, offset, data, out, losses):
-        kernel(theta, weights, column, draws, seed_index, offset, *data, out, losses)
+        first, second, third = data  # a NamedTuple cannot be starred here
+        kernel(theta, weights, column, draws, seed_index, offset, first, second, third, out, losses)
 
     return call
 

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit, logsumexp, softmax, xlogy
 
-from theory import kernels
+from theory import checks, kernels
 from theory.randomness import Stream, normals, uniforms
 
 Array = NDArray[np.float64]
@@ -58,8 +58,50 @@ class Objective(Protocol):
         ...
 
 
+SAMPLING = ("stochastic_gradient", "add_stochastic_gradient")
+
+
 class StochasticObjective(ABC):
-    """An objective that a simulation can step on: sampling, a compiled gradient, constants."""
+    """An objective that a simulation can step on: derive your own from this class.
+
+    It needs `dim`, `value`, `gradient`, `hessian`, `constants` and either `stochastic_gradient`
+    (NumPy, all runs at once) or, for speed, `compiled` (a kernel that loops over the runs). The
+    stochastic gradient must be unbiased; a subclass that changes `value` or `gradient` states it
+    anew. Least squares, one row of A and b a sample:
+
+        @dataclass(frozen=True, eq=False)
+        class LeastSquares(StochasticObjective):
+            a: Array
+            b: Array
+
+            @property
+            def dim(self): return self.a.shape[1]
+            def value(self, theta): return np.mean((theta @ self.a.T - self.b) ** 2, axis=-1) / 2
+            def gradient(self, theta): return (theta @ self.a.T - self.b) @ self.a / len(self.b)
+            def hessian(self, theta): return self.a.T @ self.a / len(self.b)
+
+            def constants(self, radius):
+                norms = np.linalg.norm(self.a, axis=1)
+                spectrum = np.linalg.eigvalsh(self.hessian(np.zeros(self.dim)))
+                largest = np.max(norms * (radius * norms + np.abs(self.b)))
+                return Constants(largest, spectrum[-1], spectrum[0])
+
+            def stochastic_gradient(self, theta, draws):
+                i = (draws[:, 0] * len(self.b)).astype(int)
+                residual = np.sum(self.a[i] * theta, axis=1) - self.b[i]
+                return residual[:, None] * self.a[i], residual**2 / 2
+    """
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """A class inherits no sampling of another function, and no kernel of another sampling."""
+        super().__init_subclass__(**options)
+        own, base = vars(cls).keys(), StochasticObjective
+        if own & {"value", "gradient"} and not own & {"compiled", *SAMPLING}:
+            cls.stochastic_gradient = base.stochastic_gradient  # type: ignore[method-assign]
+            cls.add_stochastic_gradient = base.add_stochastic_gradient  # type: ignore[method-assign]
+            cls.compiled = None  # type: ignore[assignment]
+        elif own & set(SAMPLING) and "compiled" not in own:
+            cls.compiled = None  # type: ignore[assignment]
 
     @property
     @abstractmethod
@@ -82,14 +124,28 @@ class StochasticObjective(ABC):
     def constants(self, radius: float) -> Constants:
         """M, L and mu on the ball of radius `radius`."""
 
-    @property
-    @abstractmethod
-    def compiled(self) -> tuple[Kernel, tuple[Any, ...]]:
-        """The kernel of the stochastic gradient and the problem data that it takes."""
-
     def draws(self, seeds: tuple[int, ...], stream: Stream, block: int) -> Array:
-        """Random numbers of one block of steps: (len(seeds), BLOCK, 2) for an index and a label."""
+        """Random numbers of one block of steps: (len(seeds), BLOCK, 2) for an index and a label.
+
+        An override gives (len(seeds), BLOCK, width), a pure function of (seed, stream, block).
+        """
         return uniforms(seeds, stream, block, 2)
+
+    def stochastic_gradient(self, theta: Array, draws: Array) -> tuple[Array, Array]:
+        """g(theta_i; z_i) (n, d) and f(theta_i; z_i) (n,): `theta` (n, d), `draws` (n, width)."""
+        raise NotImplementedError(
+            f"{type(self).__name__} has no stochastic gradient of its own: "
+            "define its method stochastic_gradient or its property compiled"
+        )
+
+    @property
+    def compiled(self) -> tuple[Kernel, tuple[Any, ...]] | None:
+        """The kernel of the stochastic gradient and the data that it takes, if there is one.
+
+        kernel(theta, weights, column, draws, seed_index, offset, *data, out, losses) does what
+        `add_stochastic_gradient` says.
+        """
+        return None
 
     def add_stochastic_gradient(
         self,
@@ -107,8 +163,33 @@ class StochasticObjective(ABC):
         w_r = weights[r, column] and z_r = draws[seed_index[r], offset]. A run with weight zero is
         skipped and gets the loss NaN. g is unbiased: E g = grad f. `theta` is (runs, d).
         """
+        if self.compiled is not None:
+            kernel, data = self.compiled
+            kernel(theta, weights, column, draws, seed_index, offset, *data, out, losses)
+            return
+        stepped, losses[:, column] = weights[:, column] != 0.0, np.nan
+        if not stepped.any():
+            return
+        points = theta[stepped]
+        gradients, values = self.stochastic_gradient(points, draws[seed_index[stepped], offset])
+        for name, found, shape in (
+            ("gradients", gradients, points.shape),
+            ("losses", values, points.shape[:1]),
+        ):
+            if np.shape(found) != shape:
+                name = f"{type(self).__name__}.stochastic_gradient: {name}"
+                raise ValueError(f"{name} have the shape {np.shape(found)}, not {shape}")
+        out[stepped] += weights[stepped, column, None] * gradients
+        losses[stepped, column] = values
+
+    @property
+    def built_in(self) -> bool:
+        """Whether the loops of `theory.kernels` know the kernel of `compiled` by its data."""
+        plain = StochasticObjective.add_stochastic_gradient
+        if self.compiled is None or type(self).add_stochastic_gradient is not plain:
+            return False
         kernel, data = self.compiled
-        kernel(theta, weights, column, draws, seed_index, offset, *data, out, losses)
+        return kernels.KERNELS.get(type(data)) is kernel
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,12 +197,18 @@ class Quadratic(StochasticObjective):
     """f(theta) = (theta - c)' H (theta - c) / 2, observed with Gaussian gradient noise.
 
     Sample loss f(theta; z) = f(theta) + sigma z . (theta - c), z standard normal, so that the
-    gradient noise has covariance V = sigma^2 I. H (d, d) is symmetric positive definite.
+    gradient noise has covariance V = sigma^2 I. H (d, d) is symmetric positive semi-definite.
     """
 
     matrix: Array
     center: Array
     noise: float
+
+    def __post_init__(self) -> None:
+        matrix = checks.semidefinite("matrix", self.matrix)
+        center = checks.array("center", self.center, d=len(matrix))
+        noise = checks.number("noise", self.noise, zero=True)
+        checks.assign(self, matrix=matrix, center=center, noise=noise)
 
     @property
     def dim(self) -> int:
@@ -143,7 +230,7 @@ class Quadratic(StochasticObjective):
         slope = eigenvalues[-1] * (radius + np.linalg.norm(self.center))
         second_moment = slope**2 + self.noise**2 * self.dim
         return Constants(
-            float(np.sqrt(second_moment)), float(eigenvalues[-1]), float(eigenvalues[0])
+            float(np.sqrt(second_moment)), float(eigenvalues[-1]), max(float(eigenvalues[0]), 0.0)
         )
 
     def draws(self, seeds: tuple[int, ...], stream: Stream, block: int) -> Array:
@@ -151,7 +238,7 @@ class Quadratic(StochasticObjective):
 
     @property
     def compiled(self) -> tuple[Kernel, tuple[Any, ...]]:
-        return kernels.quadratic, (self.matrix, self.center, self.noise)
+        return kernels.quadratic, kernels.QuadraticData(self.matrix, self.center, self.noise)
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,6 +257,17 @@ class LogisticDPO(StochasticObjective):
     preference: Array
     beta: float
     theta_ref: Array
+
+    def __post_init__(self) -> None:
+        differences = checks.array("differences", self.differences, pairs=None, d=None)
+        pairs, dim = differences.shape
+        checks.assign(
+            self,
+            differences=differences,
+            preference=checks.probabilities("preference", self.preference, pairs=pairs),
+            beta=checks.number("beta", self.beta),
+            theta_ref=checks.array("theta_ref", self.theta_ref, d=dim),
+        )
 
     @property
     def dim(self) -> int:
@@ -223,7 +321,7 @@ class LogisticDPO(StochasticObjective):
 
     @property
     def compiled(self) -> tuple[Kernel, tuple[Any, ...]]:
-        return kernels.logistic, (self._rows, self._shift, self.preference)
+        return kernels.logistic, kernels.LogisticData(self._rows, self._shift, self.preference)
 
 
 @dataclass(frozen=True, eq=False)
@@ -243,6 +341,13 @@ class SoftmaxSFT(StochasticObjective):
     features: Array
     labels: Array
     log_base: Array | None = None
+
+    def __post_init__(self) -> None:
+        base = np.zeros(np.shape(self.labels)) if self.log_base is None else self.log_base
+        features, base = checks.candidates("", self.features, base)
+        labels = checks.labels("", self.labels, base)
+        kept = None if self.log_base is None else base
+        checks.assign(self, features=features, labels=labels, log_base=kept)
 
     @property
     def dim(self) -> int:
@@ -346,7 +451,7 @@ class SoftmaxSFT(StochasticObjective):
 
     @property
     def compiled(self) -> tuple[Kernel, tuple[Any, ...]]:
-        return kernels.softmax, (self.features, self._cumulative, self._offsets)
+        return kernels.softmax, kernels.SoftmaxData(self.features, self._cumulative, self._offsets)
 
 
 @dataclass(frozen=True, eq=False)

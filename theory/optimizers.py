@@ -12,6 +12,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from theory import checks
+
 Array = NDArray[np.float64]
 Memory = dict[str, Array]
 
@@ -32,6 +34,9 @@ class Momentum:
 
     momentum: float = 0.9
 
+    def __post_init__(self) -> None:
+        checks.fraction("momentum", self.momentum)
+
     def init(self, runs: int, dim: int) -> Memory:
         return {"velocity": np.zeros((runs, dim))}
 
@@ -47,6 +52,11 @@ class Adam:
     beta1: float = 0.9
     beta2: float = 0.999
     epsilon: float = 1e-8
+
+    def __post_init__(self) -> None:
+        checks.fraction("beta1", self.beta1)
+        checks.fraction("beta2", self.beta2)
+        checks.number("epsilon", self.epsilon)
 
     def init(self, runs: int, dim: int) -> Memory:
         return {"first": np.zeros((runs, dim)), "second": np.zeros((runs, dim))}
@@ -70,6 +80,9 @@ class Clip:
 
     max_norm: float
     rule: Rule | None = None
+
+    def __post_init__(self) -> None:
+        checks.number("max_norm", self.max_norm)
 
     def init(self, runs: int, dim: int) -> Memory:
         return {} if self.rule is None else self.rule.init(runs, dim)

@@ -4,22 +4,24 @@ Every instance has stochastic labels with both preference orders, so that its mi
 the ball; `tests/test_problems.py` asserts it. Separable data would put them on the boundary.
 
 Besides the names in `PROBLEMS`, the path of a file that `python -m llm.features` wrote (FILE.npz)
-names a problem: the features of a real model on real text.
+names a problem: the features of a real model on real text. So does `package.module:function`, a
+function of your own that returns a `Problem`.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit, logit, rel_entr, softmax
 
+from theory import checks
 from theory.feature_file import FeatureFile, is_feature_file
+from theory.foreign import is_foreign, load_object
 from theory.objectives import LogisticDPO, Quadratic, SoftmaxSFT, StochasticObjective, WeightedSum
 from theory.randomness import Stream, generator
 from theory.schedulers import objective_weights
@@ -43,15 +45,25 @@ class Problem:
     minimisers: tuple[Array, Array] | None = None
     mix_gap_limit: Callable[[Task, float], float] | None = None
     """(last objective, lam) -> G_Mix of the sequential limit, where a closed form is known."""
+    start: Array = None  # type: ignore[assignment]
+    """theta_0 in the ball. Without one 0: for the softmax problems pi_0, the base policy."""
+
+    def __post_init__(self) -> None:
+        objectives = _objectives(self.objectives)
+        dim = objectives[0].dim
+        radius = checks.number("radius", self.radius)
+        start = checks.array("start", np.zeros(dim) if self.start is None else self.start, d=dim)
+        if (norm := np.linalg.norm(start)) > radius * (1.0 + checks.ROUNDING):
+            raise ValueError(f"start lies at |theta| = {norm:g}, outside the ball of {radius:g}")
+        checks.assign(self, objectives=objectives, radius=radius, start=start)
+        checks.assign(self, step_scale=checks.number("step_scale", self.step_scale))
+        if self.minimisers is not None:
+            dpo, sft = (checks.array("minimisers", theta, d=dim) for theta in self.minimisers)
+            checks.assign(self, minimisers=(dpo, sft))
 
     @property
     def dim(self) -> int:
         return self.objectives[0].dim
-
-    @property
-    def start(self) -> Array:
-        """theta_0 = 0: the uniform policy (for the softmax problems)."""
-        return np.zeros(self.dim)
 
     def mix(self, lam: float) -> WeightedSum:
         """f_Mix = lam f_DPO + (1 - lam) f_SFT."""
@@ -60,6 +72,20 @@ class Problem:
     def losses(self, theta: Array) -> Array:
         """(f_DPO, f_SFT) on the last axis: theta (..., d) -> (..., 2)."""
         return np.stack([f.value(theta) for f in self.objectives], axis=-1)
+
+
+def _objectives(given: Iterable[Any]) -> tuple[StochasticObjective, StochasticObjective]:
+    objectives = tuple(given)
+    for objective in objectives:
+        if not isinstance(objective, StochasticObjective):
+            kind = type(objective).__name__
+            raise ValueError(f"an objective is a {kind}; derive it from StochasticObjective")
+    if len(objectives) != len(Task):
+        raise ValueError(f"there are {len(objectives)} objectives; give two, (DPO, SFT)")
+    dpo, sft = objectives
+    if dpo.dim != sft.dim:
+        raise ValueError(f"the objectives have different dimensions: {dpo.dim} and {sft.dim}")
+    return dpo, sft
 
 
 def bernoulli(p: float = 0.9, q: float = 0.1, beta: float = 1.0, radius: float = 4.0) -> Problem:
@@ -226,19 +252,49 @@ PROBLEMS: dict[str, Callable[..., Problem]] = {
 
 
 def make_problem(name: str, **parameters: Any) -> Problem:
-    """Build a problem by name or from a file; an unknown name or parameter is a ValueError."""
-    if not is_feature_file(name) and name not in PROBLEMS:
+    """Build a problem by name, from a file or by a function of your own (package.module:function).
+
+    Raises:
+        ValueError: in one line, for an unknown name or parameter, a file that is none of
+            `theory.feature_file`, or a function that cannot be had, fails or returns no `Problem`.
+    """
+    build = _builder(name)
+    try:
+        signature = inspect.signature(build)
+        signature.bind(**parameters)
+    except TypeError as error:
+        known = ", ".join(signature.parameters) or "none"
+        raise ValueError(f"problem {name!r}: {error} (its parameters: {known})") from error
+    return _called(name, build, parameters) if is_foreign(name) else build(**parameters)
+
+
+def _builder(name: str) -> Callable[..., Problem]:
+    if is_feature_file(name):
+        return lambda: feature_problem(name)
+    if name in PROBLEMS:
+        return PROBLEMS[name]
+    if not is_foreign(name):
+        known = ", ".join(PROBLEMS)
         raise ValueError(
-            f"unknown problem {name!r}; choose from {', '.join(PROBLEMS)}, or name a .npz file"
+            f"unknown problem {name!r}; choose from {known}, or give a .npz file or "
+            "package.module:function"
         )
-    build = PROBLEMS.get(name) or partial(feature_problem, path=name)
-    known = [p for p in inspect.signature(build).parameters if p != "path"]
-    unknown = sorted(set(parameters) - set(known))
-    if unknown:
-        raise ValueError(
-            f"problem {name!r} has no {', '.join(unknown)} (it has: {', '.join(known) or 'none'})"
-        )
-    return build(**parameters)
+    build = load_object(name)
+    if not callable(build):
+        raise ValueError(f"problem {name!r} is no function")
+    return cast(Callable[..., Problem], build)
+
+
+def _called(name: str, build: Callable[..., Any], parameters: dict[str, Any]) -> Problem:
+    try:
+        problem = build(**parameters)
+    except Exception as error:  # whatever a stranger's function raises
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"problem {name!r} failed: {said}") from error
+    if not isinstance(problem, Problem):
+        kind = type(problem).__name__
+        raise ValueError(f"problem {name!r} returns a {kind}, not a theory.problems.Problem")
+    return problem
 
 
 def bernoulli_kl(a: float, b: float) -> float:

@@ -11,15 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from theory import checks
 from theory.kernels import descend, projected_step, sample
 from theory.optimizers import Memory, Rule
 from theory.problems import Problem
 from theory.randomness import BLOCK, Stream
-from theory.schedulers import Scheduler, ScheduleState
+from theory.schedulers import Answers, Scheduler, ScheduleState
 from theory.tasks import Task
 from theory.values import SAMPLE_STREAMS, SOURCES, ValueSource
 
@@ -27,7 +29,7 @@ Array = NDArray[np.float64]
 
 ITERATES = ("last", "uniform", "weighted")
 AHEAD = 128
-"""Steps that a schedule may decide in advance, where it needs no losses, to be taken in one go."""
+"""Steps that a schedule may decide in advance, where it asks for nothing, to be taken in one go."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,9 @@ class StepSize:
 
     scale: float
     decay: bool = True
+
+    def __post_init__(self) -> None:
+        checks.assign(self, scale=checks.number("scale", self.scale))
 
     def __call__(self, t: NDArray[np.int64]) -> Array:
         return self.scale / np.sqrt(t) if self.decay else np.full(np.shape(t), self.scale)
@@ -86,7 +91,7 @@ def simulate(
     (len(seeds),).
 
     A stochastic gradient is the mean over `batch_size` samples. `values` names the source of the
-    losses for schedulers that compare them (`theory.values`); `rule` replaces plain SGD
+    losses and Gram matrices for schedulers that ask (`theory.values`); `rule` replaces plain SGD
     (`theory.optimizers`).
     """
     for name, count in (("num_steps", num_steps), ("batch_size", batch_size)):
@@ -99,8 +104,10 @@ def simulate(
     record = log_spaced_steps(num_steps) if record_steps is None else np.asarray(record_steps)
     if record.size == 0 or record[0] < 1 or record[-1] > num_steps or np.any(np.diff(record) < 1):
         raise ValueError(f"record_steps must increase strictly within 1..{num_steps}")
-    if values == "lazy" and not scheduler.forgets_values:
-        raise ValueError("values='lazy' is for schedulers that probe at every step: use 'exact'")
+    if values == "lazy" and (not scheduler.forgets_values or scheduler.reads_gram):
+        raise ValueError(
+            "values='lazy' is for schedulers that probe losses, and them at every step: use 'exact'"
+        )
     loop = Loop(problem, scheduler, step_size, tuple(int(s) for s in seeds), batch_size, rule)
     source = SOURCES[values]()
     snapshots, decisions, wanted = [], [], set(record.tolist())
@@ -121,12 +128,12 @@ def simulate(
     )
 
 
-class _NeedsLosses(Exception):
-    """A scheduler asked for losses while it was deciding ahead."""
+class _NeedsProbe(Exception):
+    """A scheduler asked for losses or gradients while it was deciding ahead."""
 
 
-def _no_losses() -> Array:
-    raise _NeedsLosses
+def _no_answer() -> Array:
+    raise _NeedsProbe
 
 
 class Loop:
@@ -148,7 +155,7 @@ class Loop:
         self.state = scheduler.init()
         distinct, self.seed_index = np.unique(seeds, return_inverse=True)
         self.seeds = tuple(int(s) for s in distinct)
-        self.data = tuple(objective.compiled[1] for objective in problem.objectives)
+        self.data = _data(problem)
         self.draws: dict[tuple[Stream, ...], tuple[int, tuple[Array, ...]]] = {}
         self.theta = np.tile(problem.start, (runs, 1))
         self.gradient = np.zeros((runs, dim))
@@ -169,13 +176,14 @@ class Loop:
         return weights
 
     def _decide_ahead(self, stop: int) -> tuple[list[Array], ScheduleState]:
-        """Decisions of the next steps as far as they need no loss (may be none); state after."""
+        """Decisions of the next steps as far as they need no probe (may be none); state after."""
         step, state, decisions = self.state.step, self.state, []
-        if self.rule is None and self.batch_size == 1 and not self.scheduler.reads_losses:
+        plain = self.rule is None and self.batch_size == 1 and self.data is not None
+        if plain and not self.scheduler.reads_losses:
             for _ in range(min(stop - step, AHEAD, BLOCK - step % BLOCK)):
                 try:
-                    weights, state = self.scheduler.select(state, _no_losses)
-                except _NeedsLosses:
+                    weights, state = self.scheduler.select(state, Answers(_no_answer, _no_answer))
+                except _NeedsProbe:
                     break
                 state = self.scheduler.observe(state)
                 decisions.append(np.broadcast_to(weights, self.losses.shape))
@@ -194,7 +202,8 @@ class Loop:
 
     def _take_step(self, source: ValueSource) -> Array:
         """Decide, step, and let the scheduler observe; returns the weights (runs, 2)."""
-        weights, self.state = self.scheduler.select(self.state, lambda: source.probe(self))
+        probe = Answers(lambda: source.probe(self), lambda: source.gram(self))
+        weights, self.state = self.scheduler.select(self.state, probe)
         weights = np.array(np.broadcast_to(weights, self.losses.shape))
         self.losses = self._sample(SAMPLE_STREAMS, weights, self.gradient)
         observed = source.observed(self, weights) if self.scheduler.reads_losses else None
@@ -219,16 +228,36 @@ class Loop:
         """Mean losses (runs, 2) over a minibatch of this step from `streams`."""
         return self._sample(streams, np.ones(self.losses.shape), np.zeros_like(self.gradient))
 
+    def sample_gradients(self, streams: Mapping[Task, Stream]) -> Array:
+        """Mean gradients (2, runs, d) over the same minibatch, one objective by one."""
+        gradients = np.zeros((len(Task), *self.gradient.shape))
+        for task in Task:
+            self._sample(
+                streams, np.tile(np.eye(len(Task))[task], (len(self.theta), 1)), gradients[task]
+            )
+        return gradients
+
     def _sample(self, streams: Mapping[Task, Stream], weights: Array, out: Array) -> Array:
         """Add the weighted minibatch gradients to `out`; returns the losses (runs, 2)."""
         losses, total = np.empty(weights.shape), np.zeros(weights.shape)
         shares = weights / self.batch_size
         for i in range(self.batch_size):
             block, offset = divmod(self.state.step * self.batch_size + i, BLOCK)
-            draws = self._draws(streams, block)
-            sample(self.data, self.theta, shares, draws, self.seed_index, offset, out, losses)
+            self._add_gradients(shares, self._draws(streams, block), offset, out, losses)
             total += losses
         return total / self.batch_size
+
+    def _add_gradients(
+        self, weights: Array, draws: tuple[Array, ...], offset: int, out: Array, losses: Array
+    ) -> None:
+        """Of one sample; in one compiled call where both kernels are built in."""
+        if self.data is not None:
+            sample(self.data, self.theta, weights, draws, self.seed_index, offset, out, losses)
+            return
+        for column, objective in enumerate(self.problem.objectives):
+            objective.add_stochastic_gradient(
+                self.theta, weights, column, draws[column], self.seed_index, offset, out, losses
+            )
 
     def _draws(self, streams: Mapping[Task, Stream], block: int) -> tuple[Array, ...]:
         """The random numbers of `block`, as own copies: numba is slow to pass read-only arrays."""
@@ -236,6 +265,10 @@ class Loop:
         if self.draws.get(names, (None,))[0] != block:
             objectives = zip(names, self.problem.objectives, strict=True)
             draws = tuple(f.draws(self.seeds, name, block).copy() for name, f in objectives)
+            for found, objective in zip(draws, self.problem.objectives, strict=True):
+                if found.ndim != 3 or found.shape[:2] != (len(self.seeds), BLOCK):
+                    name = f"{type(objective).__name__}.draws"
+                    raise ValueError(f"{name} must be (seeds, {BLOCK}, width), not {found.shape}")
             self.draws[names] = (block, draws)
         return self.draws[names][1]
 
@@ -246,3 +279,10 @@ class Loop:
             "weighted": self.sums[1] / self.alpha_sum[:, None],
         }
         return theta, self.gradients.copy(), self.probes.copy()
+
+
+def _data(problem: Problem) -> tuple[Any, ...] | None:
+    """What the compiled loops take, if they know the kernels of both objectives."""
+    if not all(f.built_in for f in problem.objectives):
+        return None
+    return tuple(f.compiled[1] for f in problem.objectives if f.compiled is not None)

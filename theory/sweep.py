@@ -109,7 +109,7 @@ class Batch:
             seeds=[seed for _, _, seed in grid],
             record_steps=self.record_steps,
             batch_size=self.batch_size,
-            values=self.values or ("lazy" if scheduler.forgets_values else "exact"),
+            values=self.values or _cheapest_values(scheduler),
             rule=self.rule,
         )
         frames = [
@@ -154,6 +154,11 @@ class Batch:
         flat = {name: np.broadcast_to(column, shape).ravel() for name, column in columns.items()}
         labels = {"problem": self.problem, "algorithm": self.algorithm, "variant": variant.name}
         return pd.DataFrame(flat).assign(**labels, lam=lam, **variant.columns)
+
+
+def _cheapest_values(scheduler: Scheduler) -> str:
+    """The source that decides as exact values do."""
+    return "lazy" if scheduler.forgets_values and not scheduler.reads_gram else "exact"
 
 
 @cache

@@ -1,9 +1,12 @@
-"""Where a value-comparing scheduler (MAXRIGHT) gets its losses from, and what that costs.
+"""Where a scheduler gets its losses and its Gram matrices from, and what that costs.
 
 exact   both full objectives; between probes, the full value of the stepped objective
 lazy    decisions as exact, from full values only where certified bounds leave them open
 fresh   a minibatch of its own; between probes, the loss of the stepped minibatch
 same    the minibatch that the step would use; between probes likewise
+
+The Gram matrix is that of the full gradients (exact) or of the minibatch's mean gradients (fresh,
+same); lazy has none.
 
 The guarantees differ: exact values give the subgradient method on f_Max, fresh values a bias of up
 to sigma/2 that does not vanish, the same minibatch a biased objective E max(h_1^, h_2^).
@@ -11,22 +14,40 @@ to sigma/2 that does not vanish, the same minibatch a biased objective E max(h_1
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Mapping
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from theory.kernels import tangent_bounds
+from theory.problems import Problem
 from theory.randomness import Stream
+from theory.schedulers import Answers, Scheduler, ScheduleState
 from theory.tasks import Task
-
-if TYPE_CHECKING:
-    from theory.simulate import Loop
 
 Array = NDArray[np.float64]
 
 SAMPLE_STREAMS = {Task.DPO: Stream.DPO_SAMPLE, Task.SFT: Stream.SFT_SAMPLE}
 PROBE_STREAMS = {Task.DPO: Stream.DPO_PROBE, Task.SFT: Stream.SFT_PROBE}
+
+
+class Loop(Protocol):
+    """The running batch, as far as a source needs it."""
+
+    problem: Problem
+    scheduler: Scheduler
+    state: ScheduleState
+    theta: Array
+    """The current parameters (runs, d)."""
+    losses: Array
+    """Of the minibatches that the last step took, (runs, 2)."""
+    probes: NDArray[np.int64]
+    """Evaluations so far of each objective, (runs, 2)."""
+
+    def sample_losses(self, streams: Mapping[Task, Stream]) -> Array: ...
+
+    def sample_gradients(self, streams: Mapping[Task, Stream]) -> Array: ...
 
 
 class ValueSource(Protocol):
@@ -36,9 +57,19 @@ class ValueSource(Protocol):
         """Both losses at the current parameters."""
         ...
 
+    def gram(self, loop: Loop) -> Array:
+        """|g_DPO|^2, <g_DPO, g_SFT>, |g_SFT|^2 at the current parameters, (runs, 3)."""
+        ...
+
     def observed(self, loop: Loop, weights: Array) -> Array:
         """Losses of the objectives stepped on (weight not 0), NaN elsewhere; before the step."""
         ...
+
+
+def gram_matrix(gradients: Array) -> Array:
+    """The three entries of the Gram matrix of two gradients: (2, ..., d) -> (..., 3)."""
+    dpo, sft = gradients
+    return np.stack([np.sum(a * b, axis=-1) for a, b in ((dpo, dpo), (dpo, sft), (sft, sft))], -1)
 
 
 class Exact:
@@ -48,12 +79,17 @@ class Exact:
         loop.probes += 1
         return loop.problem.losses(loop.theta)
 
+    def gram(self, loop: Loop) -> Array:
+        loop.probes += 1
+        return gram_matrix(np.stack([f.gradient(loop.theta) for f in loop.problem.objectives]))
+
     def observed(self, loop: Loop, weights: Array) -> Array:
         stepped = weights != 0.0
         losses = np.full(weights.shape, np.nan)
         for task, objective in enumerate(loop.problem.objectives):
             chosen = stepped[:, task]
-            losses[chosen, task] = objective.value(loop.theta[chosen])
+            if chosen.any():
+                losses[chosen, task] = objective.value(loop.theta[chosen])
         loop.probes += stepped
         return losses
 
@@ -65,16 +101,23 @@ class Fresh:
         loop.probes += 1
         return loop.sample_losses(PROBE_STREAMS)
 
+    def gram(self, loop: Loop) -> Array:
+        loop.probes += 1
+        return gram_matrix(loop.sample_gradients(PROBE_STREAMS))
+
     def observed(self, loop: Loop, weights: Array) -> Array:
         return loop.losses
 
 
 class Same(Fresh):
-    """Probes on the minibatches that the step will use."""
+    """Probes on the minibatches that the step will use; their gradients are those of the step."""
 
     def probe(self, loop: Loop) -> Array:
         loop.probes += 1
         return loop.sample_losses(SAMPLE_STREAMS)
+
+    def gram(self, loop: Loop) -> Array:
+        return gram_matrix(loop.sample_gradients(SAMPLE_STREAMS))
 
 
 class Lazy:
@@ -110,6 +153,10 @@ class Lazy:
             low[runs, task] = high[runs, task] = self.values[runs, task]
         return 0.5 * (low + high)
 
+    def gram(self, loop: Loop) -> Array:
+        name = type(loop.scheduler).__name__
+        raise ValueError(f"values='lazy' gives no gradients: {name} must set reads_gram = True")
+
     def observed(self, loop: Loop, weights: Array) -> Array:
         raise TypeError("lazy values cannot be remembered")
 
@@ -127,7 +174,9 @@ class Lazy:
     def _undecided(self, loop: Loop, low: Array, high: Array) -> NDArray[np.bool_]:
         corners = np.stack([low, high])
         corners[:, :, Task.SFT] = corners[::-1, :, Task.SFT]
-        weights, _ = loop.scheduler.select(loop.state, lambda: corners)
+        weights, _ = loop.scheduler.select(
+            loop.state, Answers(lambda: corners, lambda: self.gram(loop))
+        )
         return np.any(weights[0] != weights[1], axis=-1)
 
     def _anchor(self, loop: Loop, task: int, runs: NDArray[np.intp]) -> None:

@@ -25,7 +25,7 @@ from llm.loss.collate import collate_preference, collate_sft
 from llm.loss.losses import IGNORE_INDEX
 from llm.loss.objectives import Batch, Row, move
 from llm.train.streams import SampleStream
-from theory.schedulers import LossProbe, Scheduler
+from theory.schedulers import Answers, Scheduler
 from theory.tasks import Task
 
 BETA = 0.1
@@ -79,7 +79,7 @@ class PaperTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        probe = LossProbe(lambda: self._probe(model, inputs))
+        probe = Answers(lambda: self._probe(model, inputs))
         weights, state = self.scheduler.select(self.schedule, probe)
         self.schedule = self.scheduler.observe(state)
         self.decisions.append(weights.tolist())

@@ -8,9 +8,8 @@ of the two backward passes that Mix takes as well.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -81,17 +80,3 @@ def _sum(weights: Sequence[float], pair: tuple[Tensor | None, Tensor | None]) ->
     for other_weight, other in rest:
         total.add_(other, alpha=other_weight)
     return total
-
-
-@dataclass(frozen=True)
-class StepProbe:
-    """What a schedule may ask for behind the backward passes of a step: nothing costs another."""
-
-    losses: Callable[[], Tensor]
-    gradients: TwoGradients
-
-    def __call__(self) -> NDArray[np.float64]:
-        return np.asarray(self.losses().double().cpu())
-
-    def gram(self) -> NDArray[np.float64]:
-        return self.gradients.gram()

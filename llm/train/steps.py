@@ -15,10 +15,11 @@ from transformers.optimization import get_scheduler
 
 from llm.train.checkpoints import SafeCheckpoints
 from llm.train.clipping import StepNorms
-from llm.train.gram import StepProbe, TwoGradients
+from llm.train.gram import TwoGradients
 from llm.train.meters import Clock, Meters
+from llm.train.values import copied_early
 from theory.cli import UserError
-from theory.schedulers import Probe, Scheduler, ScheduleState
+from theory.schedulers import Answers, Probe, Scheduler, ScheduleState
 from theory.tasks import Task
 
 
@@ -94,7 +95,7 @@ class ScheduledSteps(SafeCheckpoints):
                 self.training_step(model, inputs | alone, items)
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
-        self.decide(StepProbe(self.losses_of_step, self.gradients))
+        self.decide(Answers(lambda: copied_early(self.losses_of_step())(), self.gradients.gram))
         self.gradients.combine(self.step_weights.tolist())
         shares = [
             w * self.step_losses[task] for task, w in zip(Task, self.step_weights, strict=True)

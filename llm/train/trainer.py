@@ -40,7 +40,7 @@ from llm.train.identity import STATE_KEY, Identity, check_resume, run_identity
 from llm.train.reporting import Objectives, ReportingTrainer, RowSets
 from llm.train.streams import open_streams, steps_per_epoch
 from llm.train.values import copied_early, share_of_rank, summed_loss
-from theory.schedulers import LossProbe, Scheduler, ScheduleState
+from theory.schedulers import Answers, Scheduler, ScheduleState
 from theory.tasks import Task
 
 
@@ -138,7 +138,7 @@ class JointTrainer(ReportingTrainer):
         # Gradients that a schedule reads come from the step itself: it decides behind them.
         undecided = self.scheduler.reads_gram
         if not undecided:
-            self.decide(LossProbe(lambda: self._probe(num_batches)))
+            self.decide(Answers(lambda: self._probe(num_batches)))
         parts: list[list[list[Batch]]] = [[] for _ in range(num_batches)]
         counts = [0] * len(Task)
         for task in Task if undecided else self.stepped:

@@ -47,8 +47,8 @@ STYLE: dict[Any, Any] = {
 
 
 def short_name(problem: str) -> str:
-    """A problem's name in titles and file names: of a feature file, the stem."""
-    return Path(problem).stem
+    """A problem's name in titles and file names: a feature file's stem, a function's own name."""
+    return Path(problem.rpartition(":")[2]).stem
 
 
 def middle(lams: Sequence[float]) -> float:
