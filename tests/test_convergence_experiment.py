@@ -1,4 +1,4 @@
-"""The convergence experiment: what it writes, that it resumes, and what the theorems demand of it.
+"""The convergence experiment: what it writes, and what the theorems demand of it.
 
 A small run through `main` (two problems, T = 2,000, fitted from 200 on) serves most tests.
 """
@@ -18,30 +18,21 @@ from matplotlib.colors import to_rgb
 
 from theory.convergence_experiment import (
     ConvergenceConfig,
-    batches,
     bound_curves,
-    command,
     limits,
     main,
-    measured_rates,
     methods,
-    parse,
-    run_experiment,
 )
 from theory.plotting import convergence as plotting
 from theory.records import read_json
 from theory.simulate import ITERATES, log_spaced_steps
-from theory.sweep import Batch, summarise
+from theory.sweep import summarise
 
 PROBLEMS = ("bernoulli", "toy2d")
 LAM = 0.3
 ARGV = shlex.split(
     f"--problem {' '.join(PROBLEMS)} --lam {LAM} --steps 2000 --fit_from 200 --seeds 8 --jobs 1"
 )
-FILES = {"config.json", "results.parquet", "summary.json"} | {
-    f"{name}.{suffix}" for name in ("convergence", "slopes") for suffix in ("png", "svg", "json")
-}
-TINY = ConvergenceConfig(("bernoulli",), (LAM,), num_steps=40, num_seeds=3, fit_from=10)
 
 
 @pytest.fixture(scope="module")
@@ -60,25 +51,12 @@ def rates_of(out: Path) -> dict[tuple[str, str, str], dict[str, Any]]:
 # --- what a run leaves
 
 
-def test_a_run_leaves_its_files_and_nothing_else(small: Path) -> None:
-    assert {path.name for path in small.iterdir()} == FILES
-
-
 def test_every_problem_method_and_iterate_has_one_rate(small: Path) -> None:
     rates = read_json(small / "summary.json")["rates"]
     keys = [(r["problem"], r["method"], r["iterate"]) for r in rates]
     names = [method.name for method in methods(2000)]
     assert keys == [(p, m, i) for p in PROBLEMS for m in names for i in ITERATES]
     assert all(r["slope"]["low"] <= r["slope"]["high"] for r in rates)
-
-
-def test_the_command_in_the_sidecar_repeats_the_configuration(small: Path) -> None:
-    sidecar = read_json(small / "slopes.json")
-    arguments = parse(shlex.split(sidecar["command"])[3:])
-    assert (tuple(arguments.problem), tuple(arguments.lam)) == (PROBLEMS, (LAM,))
-    assert (arguments.steps, arguments.seeds, arguments.fit_from) == (2000, 8, 200)
-    assert sidecar["config"] == read_json(small / "config.json")
-    assert command(TINY).startswith("python -m theory.convergence_experiment ")
 
 
 def test_sequential_runs_are_a_training_of_their_own_at_each_budget(small: Path) -> None:
@@ -134,55 +112,6 @@ def test_verdicts_follow_from_the_numbers_beside_them(small: Path) -> None:
             assert expected.get(verdict, not any(expected.values()))
 
 
-# --- resuming
-
-
-class Killed(RuntimeError):
-    pass
-
-
-def test_a_killed_sweep_resumes_to_the_same_bits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = run_experiment(TINY, jobs=1)
-    run, done = Batch.run, []
-
-    def run_until(batch: Batch, count: int) -> pd.DataFrame:
-        if len(done) == count:
-            raise Killed
-        done.append(batch.key)
-        return run(batch)
-
-    monkeypatch.setattr(Batch, "run", lambda batch: run_until(batch, 5))
-    with pytest.raises(Killed):
-        run_experiment(TINY, jobs=1, parts=tmp_path)
-    kept = {path.stem for path in tmp_path.iterdir()}
-    # The batch that was finished last may not have reached the disk when the next one failed.
-    assert 0 < len(kept) <= 5
-    done.clear()
-    monkeypatch.setattr(Batch, "run", lambda batch: run_until(batch, -1))
-    resumed = run_experiment(TINY, jobs=1, parts=tmp_path)
-    assert kept.isdisjoint(done)
-    assert kept | set(done) == {batch.key for batch in batches(TINY)}
-    pd.testing.assert_frame_equal(resumed, whole, check_exact=True)
-    bounds = bound_curves(TINY)
-    assert measured_rates(TINY, resumed, bounds) == measured_rates(TINY, whole, bounds)
-
-
-# --- mistakes
-
-
-def test_too_few_steps_for_a_fit_are_refused_in_one_line(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        parse(["--steps", "500"])
-    assert stopped.value.code == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert "at least 10000" in error
-
-
 # --- figures
 
 
@@ -205,7 +134,7 @@ def test_the_curves_are_the_table_and_the_bounds_the_theorems(small: Path) -> No
 
 
 def test_each_line_has_a_colour_and_a_marker_of_its_own() -> None:
-    for lines in plotting.LINES.values():
+    for lines in plotting.lines(method.name for method in methods(2000)).values():
         looks = list(lines.values())
         assert len({to_rgb(look.colour) for look in looks}) == len(looks)
         assert len({look.marker for look in looks}) == len(looks)

@@ -16,8 +16,7 @@ from theory import gap_experiment
 from theory.cli import UserError
 from theory.command import distinct_problems, problem_name
 from theory.foreign import source_digest
-from theory.plotting.style import short_name
-from theory.problems import PROBLEMS, make_problem
+from theory.problems import PROBLEMS, make_problem, short_name
 from theory.sweep import Batch, run_sweep
 
 SOURCE = """

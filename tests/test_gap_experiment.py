@@ -1,4 +1,4 @@
-"""The gap experiment: what it writes, that it reproduces, what it refuses, and what it must show.
+"""The gap experiment: what it writes, that it reproduces, and what it must show.
 
 The small configuration runs once through `main` and most tests read what it left. The claims run at
 T = 20,000 (softmax: 30,000) with 20 seeds, each with the iterate that suits it; see there.
@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import io
 import shlex
-import subprocess
-import sys
 from contextlib import redirect_stderr, redirect_stdout
 from functools import cache
 from pathlib import Path
@@ -21,7 +19,9 @@ import pytest
 from _asserts import EXACT
 from scipy import stats
 
-from theory.gap_experiment import JOINT, GapConfig, batches, command, main, run_experiment
+from theory.command import run_experiment
+from theory.compared import ALGORITHMS, joint
+from theory.gap_experiment import GapConfig, main
 from theory.metrics import Interval, sequential_limit
 from theory.optima import ProblemOptima
 from theory.plotting import style
@@ -29,12 +29,12 @@ from theory.problems import make_problem
 from theory.records import read_json
 from theory.schedulers import ORDERS, Maxright
 from theory.simulate import ITERATES, StepSize, log_spaced_steps, simulate
-from theory.sweep import COUNTS, METRICS, Batch, summarise
+from theory.sweep import COUNTS, METRICS, summarise
 from theory.tasks import Task
 
-FILES = {"config.json", "results.parquet", "summary.json", "gap.png", "gap.svg", "gap.json"}
 SMALL = shlex.split("--problem bernoulli quadratic --lam 0.25 0.5 --steps 300 --seeds 4 --jobs 1")
 TINY = shlex.split("--problem bernoulli --lam 0.5 --steps 20 --seeds 2 --jobs 1")
+JOINT = joint(ALGORITHMS)
 GROUP = ["problem", "algorithm", "variant", "lam", "step", "iterate"]
 
 
@@ -51,34 +51,25 @@ def run_main(argv: list[str], out: Path) -> Run:
     printed, progress = io.StringIO(), io.StringIO()
     with redirect_stdout(printed), redirect_stderr(progress):
         main([*argv, "--out", str(out)])
+    config = read_json(out / "config.json")
     return Run(
         out,
         printed.getvalue(),
         progress.getvalue(),
-        config_of(out),
+        GapConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}),
         pd.read_parquet(out / "results.parquet"),
         read_json(out / "summary.json"),
     )
 
 
-def config_of(out: Path) -> GapConfig:
-    data = read_json(out / "config.json")
-    return GapConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
-
-
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return run_main(SMALL, tmp_path_factory.mktemp("gap") / "new" / "directory")
+    run = run_main(SMALL, tmp_path_factory.mktemp("gap"))
+    assert run.config == GapConfig(("bernoulli", "quadratic"), (0.25, 0.5), 300, 4)
+    return run
 
 
 # --- what a run leaves
-
-
-def test_a_run_leaves_its_files_and_nothing_else(small: Run) -> None:
-    assert {path.name for path in small.out.iterdir()} == FILES
-    assert small.config == GapConfig(
-        problems=("bernoulli", "quadratic"), lams=(0.25, 0.5), num_steps=300, num_seeds=4
-    )
 
 
 def test_there_is_one_row_per_problem_algorithm_variant_lam_seed_step_and_iterate(
@@ -150,7 +141,7 @@ def test_maxright_decides_from_the_full_losses(refresh_every: int) -> None:
     config = GapConfig(
         ("quadratic",), (lam,), num_steps=200, num_seeds=len(seeds), refresh_every=refresh_every
     )
-    (batch,) = [batch for batch in batches(config) if batch.algorithm == "maxright"]
+    (batch,) = [batch for batch in config.batches() if batch.algorithm == "maxright"]
     optima = ProblemOptima(make_problem("quadratic"))
     trace = simulate(
         optima.problem,
@@ -198,23 +189,6 @@ def test_results_do_not_depend_on_the_problems_lams_and_seeds_run_beside_them(sm
         alone = run_experiment(config, jobs=1)
     together = small.results.query("problem == 'quadratic' and lam == 0.5 and seed < 2")
     pd.testing.assert_frame_equal(alone, together.reset_index(drop=True), check_exact=True)
-
-
-def test_the_recorded_command_is_the_one_that_ran(small: Run) -> None:
-    sidecar = read_json(small.out / "gap.json")
-    assert sidecar["command"] == command(small.config)
-    assert sidecar["config"] == read_json(small.out / "config.json")
-
-
-def test_the_recorded_command_reproduces_every_file(tmp_path: Path) -> None:
-    argv = [*TINY, "--lam", "0.3", "0.7", "--refresh_every", "3"]
-    first = run_main(argv, tmp_path / "first")
-    recorded = shlex.split(read_json(first.out / "gap.json")["command"])
-    assert recorded[:3] == ["python", "-m", "theory.gap_experiment"]
-    second = run_main([*recorded[3:], "--jobs", "1"], tmp_path / "second")
-    for name in FILES - {"results.parquet"}:
-        assert (first.out / name).read_bytes() == (second.out / name).read_bytes()
-    pd.testing.assert_frame_equal(first.results, second.results, check_exact=True)
 
 
 # --- the summary, the table and the figure
@@ -318,7 +292,6 @@ def test_a_single_seed_has_no_interval(tmp_path: Path) -> None:
         assert record["mix_gap"]["mean"] is not None
     assert "±" not in run.printed.split("\n", 1)[1]
     assert "inf" not in run.printed
-    assert {path.name for path in tmp_path.iterdir()} == FILES
 
 
 def test_the_extreme_weights_work(tmp_path: Path) -> None:
@@ -326,130 +299,6 @@ def test_the_extreme_weights_work(tmp_path: Path) -> None:
     joint = run.results[run.results["algorithm"].isin(JOINT) & (run.results["lam"] == 1.0)]
     assert (joint["dpo_gradients"] == joint["step"]).all()
     assert run.results["mix_gap"].min() >= -1e-8
-
-
-def test_a_second_run_replaces_the_files_of_the_first(tmp_path: Path) -> None:
-    run_main([*TINY, "--seeds", "1"], tmp_path)
-    (tmp_path / "mine.txt").write_text("kept")
-    run = run_main(TINY, tmp_path)
-    assert run.config.num_seeds == 2
-    assert {path.name for path in tmp_path.iterdir()} == FILES | {"mine.txt"}
-
-
-# --- mistakes
-
-
-@pytest.mark.parametrize(
-    ("argv", "mentions"),
-    [
-        ("--problem cubic", ["--problem", "'cubic'", "bernoulli", "softmax"]),
-        ("--lam 1.5", ["--lam", "1.5", "[0, 1]"]),
-        ("--lam 0.5 nan", ["--lam", "nan", "[0, 1]"]),
-        ("--steps 0", ["--steps", "positive integer"]),
-        ("--steps 5", ["--steps", "5", "at least 10"]),
-        ("--steps 1e4", ["--steps", "1e4", "positive integer"]),
-        ("--seeds 0", ["--seeds", "positive integer"]),
-        ("--refresh_every 0", ["--refresh_every", "positive integer"]),
-        ("--jobs -1", ["--jobs"]),
-        ("--lambda 0.5", ["--lambda"]),
-    ],
-)
-def test_a_bad_flag_is_one_line_and_leaves_nothing(
-    argv: str, mentions: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "out"
-    with pytest.raises(SystemExit) as info:
-        main([*argv.split(), "--out", str(out)])
-    assert info.value.code == 2
-    printed, error = capsys.readouterr()
-    assert printed == ""
-    assert error.count("\n") == 1
-    for mention in mentions:
-        assert mention in error
-    assert not out.exists()
-
-
-@pytest.mark.parametrize("flag", ["--s", "--step"])
-def test_flags_cannot_be_abbreviated(flag: str) -> None:
-    """--s could mean --steps or --seeds, and what --step means may change: refused, not guessed."""
-    with pytest.raises(SystemExit), redirect_stderr(io.StringIO()) as error:
-        main([flag, "3"])
-    assert f"unrecognized arguments: {flag}" in error.getvalue()
-
-
-def command_line(*argv: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "theory.gap_experiment", *argv],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parents[1],
-    )
-
-
-def test_an_output_path_that_is_a_file_is_refused_before_the_work(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_text("kept")
-    done = command_line("--out", str(path))
-    assert done.returncode == 1
-    assert done.stdout == ""
-    assert done.stderr.count("\n") == 1
-    assert "--out" in done.stderr
-    assert "not a directory" in done.stderr
-    assert path.read_text() == "kept"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_help_shows_every_flag_and_default(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as info:
-        main(["--help"])
-    assert info.value.code == 0
-    text = " ".join(capsys.readouterr().out.split())
-    for flag in ("--problem", "--lam", "--steps", "--seeds", "--refresh_every", "--out", "--jobs"):
-        assert flag in text
-    for default in ("100000", "20", "figures/gap_experiment", "0.1 0.25 0.5 0.75 0.9"):
-        assert default in text
-
-
-def test_a_failing_run_writes_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(batch: Batch) -> pd.DataFrame:
-        raise OSError(f"no memory for {batch.problem}")
-
-    monkeypatch.setattr(Batch, "run", fail)
-    with pytest.raises(OSError, match="no memory"), redirect_stderr(io.StringIO()):
-        main([*SMALL, "--out", str(tmp_path)])
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_an_interrupted_run_continues_where_it_stopped(
-    small: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run_batch, ran = Batch.run, []
-
-    def stop_at_bernoulli(batch: Batch) -> pd.DataFrame:
-        if batch.problem == "bernoulli":
-            raise KeyboardInterrupt
-        return run_batch(batch)
-
-    def remember(batch: Batch) -> pd.DataFrame:
-        ran.append(batch.problem)
-        return run_batch(batch)
-
-    monkeypatch.setattr(Batch, "run", stop_at_bernoulli)
-    with pytest.raises(KeyboardInterrupt), redirect_stderr(io.StringIO()):
-        main([*SMALL, "--out", str(tmp_path)])
-    assert not FILES & {path.name for path in tmp_path.iterdir()}
-    monkeypatch.setattr(Batch, "run", remember)
-    again = run_main(SMALL, tmp_path)
-    assert set(ran) == {"bernoulli"}
-    assert {path.name for path in tmp_path.iterdir()} == FILES
-    pd.testing.assert_frame_equal(again.results, small.results, check_exact=True)
-
-
-def test_a_directory_of_the_user_survives_a_run(tmp_path: Path) -> None:
-    (tmp_path / "parts").mkdir()
-    run_main(TINY, tmp_path)
-    assert (tmp_path / "parts").is_dir()
 
 
 def test_without_arguments_it_is_the_experiment_of_the_issue() -> None:
@@ -474,7 +323,7 @@ def final_gaps(
     config = GapConfig(problems=(problem,), lams=lams, num_steps=num_steps, splits=(0.5,))
     (batch,) = [
         batch
-        for batch in batches(config)
+        for batch in config.batches()
         if batch.algorithm == algorithm
         and batch.options.get("order", "") == order
         and batch.num_steps == num_steps

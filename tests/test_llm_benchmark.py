@@ -241,7 +241,7 @@ def test_on_cuda_every_contender_leaves_its_record_before_the_next_begins() -> N
 
 def test_on_cuda_every_choice_of_suites_has_a_place_of_its_own() -> None:
     """A call is limited in time: two of them may share a shape, not a file."""
-    folder = Path("figures/data/gpu")
+    folder = Path("runs/gpu")
     cuda = ["--device", "cuda", "--shape", "pythia-1b"]
     assert parse(cuda).out == folder / "pythia-1b"
     assert parse([*cuda, "--suites", "dpo", "sft"]).out == folder / "pythia-1b-dpo-sft"

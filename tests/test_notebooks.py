@@ -18,10 +18,9 @@ from nbformat import NotebookNode
 from PIL import Image
 
 from theory.cli import UserError
-from theory.notebook import Picture, cell, fresh, kept
+from theory.notebook import Picture, cell, convergence_inputs, fresh, gap_inputs, kept, read
 from theory.plotting.convergence import convergence_figure
 from theory.plotting.gap import gap_figure
-from theory.recorded import convergence_inputs, gap_inputs, read
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))

@@ -1,4 +1,4 @@
-"""The Pareto experiment: what it writes, that it resumes, and what the front demands of it."""
+"""The Pareto experiment: what it writes, and what the front demands of it."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from theory.compared import ALGORITHMS, lines
 from theory.costs import Costs
 from theory.optima import TOLERANCE, ProblemOptima
-from theory.pareto_experiment import batches, main, parse, run_experiment
-from theory.pareto_summary import LINES, PLANE, ParetoConfig, plane_paths, reference
+from theory.pareto_experiment import ParetoExperiment, main
+from theory.pareto_summary import PLANE, plane_paths, reference
 from theory.problems import make_problem
 from theory.records import read_json
 from theory.schedulers import ORDERS
 from theory.simulate import ITERATES
-from theory.sweep import Batch
 from theory.theorems.pareto import hypervolume
 
 PROBLEMS = ("bernoulli", "toy2d")
 LAMS = (0.25, 0.5)
-CONFIG = ParetoConfig(PROBLEMS, LAMS, num_steps=1000, num_seeds=4)
+LINES = lines(ALGORITHMS)
+CONFIG = ParetoExperiment(PROBLEMS, LAMS, num_steps=1000, num_seeds=4)
 FIGURES = ("front", "overview_bernoulli", "overview_toy2d", "paths")
 FILES = {"config.json", "results.parquet", "summary.json"} | {
     f"{name}.{suffix}" for name in FIGURES for suffix in ("png", "svg", "json")
@@ -42,20 +43,18 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def lines_of(out: Path) -> dict[tuple[str, str, str], dict[str, Any]]:
-    lines = read_json(out / "summary.json")["lines"]
-    return {(r["problem"], r["line"], r["iterate"]): r for r in lines}
+    records = read_json(out / "summary.json")["lines"]
+    return {(r["problem"], r["line"], r["iterate"]): r for r in records}
 
 
 def test_a_run_leaves_its_files_and_nothing_else(small: Path) -> None:
     assert {path.name for path in small.iterdir()} == FILES
-    config = read_json(small / "config.json")
-    assert ParetoConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()})
 
 
 def test_every_line_has_an_end_point_for_every_value_of_its_knob(small: Path) -> None:
-    lines = lines_of(small)
-    assert set(lines) == {(p, line, i) for p in PROBLEMS for line in LINES for i in ITERATES}
-    for (_, line, _), record in lines.items():
+    records = lines_of(small)
+    assert set(records) == {(p, line, i) for p in PROBLEMS for line in LINES for i in ITERATES}
+    for (_, line, _), record in records.items():
         knobs = tuple(point["knob"] for point in record["points"])
         assert knobs == (CONFIG.splits if line in ORDERS else LAMS)
     results = pd.read_parquet(small / "results.parquet")
@@ -126,13 +125,13 @@ def test_joint_methods_end_closer_to_the_ideal_point_than_even_sequential_ones(
 def test_paths_begin_at_the_start_and_end_where_the_runs_end(small: Path) -> None:
     drawn = read_json(small / "overview_toy2d.json")["panels"]
     problem = make_problem("toy2d")
-    lines = lines_of(small)
+    records = lines_of(small)
     for panel in (p for p in drawn if p.get("panel") == "paths"):
         assert panel["step"][0] == 0
         np.testing.assert_allclose(
             (panel["f_dpo"][0], panel["f_sft"][0]), problem.losses(problem.start), rtol=1e-12
         )
-        points = lines["toy2d", panel["line"], "last"]["points"]
+        points = records["toy2d", panel["line"], "last"]["points"]
         end = next(point for point in points if point["knob"] == 0.5)
         np.testing.assert_allclose(panel["f_dpo"][-1], end["f_dpo"]["mean"], rtol=1e-12)
 
@@ -145,7 +144,7 @@ def test_in_the_plane_sequential_runs_swing_past_and_joint_ones_go_in() -> None:
     """
     optima = ProblemOptima(make_problem(PLANE))
     dpo, sft = (single.theta for single in optima.single)
-    mean = {line: path.mean(axis=1) for line, path in plane_paths(0.5).items()}
+    mean = {line: path.mean(axis=1) for line, path in plane_paths(LINES, 0.5).items()}
 
     def nearest(line: str, theta: np.ndarray) -> float:
         return float(np.linalg.norm(mean[line] - theta, axis=1).min())
@@ -158,51 +157,3 @@ def test_in_the_plane_sequential_runs_swing_past_and_joint_ones_go_in() -> None:
     for line in ("mix", "alright"):
         assert end(line, optima.mix(0.5).theta) < 0.15
         assert min(nearest(line, dpo), nearest(line, sft)) > 0.5
-
-
-class Killed(RuntimeError):
-    pass
-
-
-def test_a_killed_sweep_resumes_to_the_same_bits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = ParetoConfig(("bernoulli",), LAMS, num_steps=100, num_seeds=2)
-    whole = run_experiment(config, jobs=1)
-    run, done = Batch.run, []
-
-    def run_until(batch: Batch, count: int) -> pd.DataFrame:
-        if len(done) == count:
-            raise Killed
-        done.append(batch.key)
-        return run(batch)
-
-    monkeypatch.setattr(Batch, "run", lambda batch: run_until(batch, 4))
-    with pytest.raises(Killed):
-        run_experiment(config, jobs=1, parts=tmp_path)
-    kept = {path.stem for path in tmp_path.iterdir()}
-    assert 0 < len(kept) < len(batches(config))
-    done.clear()
-    monkeypatch.setattr(Batch, "run", lambda batch: run_until(batch, -1))
-    resumed = run_experiment(config, jobs=1, parts=tmp_path)
-    assert kept.isdisjoint(done)
-    pd.testing.assert_frame_equal(resumed, whole, check_exact=True)
-
-
-@pytest.mark.parametrize(
-    ("argv", "mention"),
-    [
-        (["--steps", "50"], "at least 100"),
-        (["--lam", "1.5"], "[0, 1]"),
-        (["--seeds", "0"], "posit"),
-    ],
-)
-def test_mistakes_are_one_line(
-    argv: list[str], mention: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        parse(argv)
-    assert stopped.value.code == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert mention in error

@@ -17,8 +17,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from theory.gap_experiment import EVEN_SPLIT, JOINT
-from theory.metrics import Interval
+from theory.compared import ALGORITHMS, EVEN_SPLIT, joint
+from theory.metrics import Interval, middle
 from theory.plotting import gap as plotting
 from theory.plotting import style
 from theory.schedulers import ORDERS
@@ -27,6 +27,7 @@ PROBLEMS = ("first", "second")
 STEPS = (10, 100, 1000)
 SPLITS = (0.25, EVEN_SPLIT, 0.9)
 LIMITS = {"dpo_then_sft": 0.4, "sft_then_dpo": 0.2}
+JOINT = joint(ALGORITHMS)
 LINES = (*ORDERS, *JOINT)
 
 
@@ -141,8 +142,23 @@ def test_what_is_no_algorithm_of_the_paper_has_colours_of_its_own(seen: Any) -> 
 
 @given(st.lists(st.floats(0.0, 1.0), min_size=1, max_size=6))
 def test_middle_is_the_lam_closest_to_one_half(lams: list[float]) -> None:
-    assert style.middle(lams) in lams
-    assert abs(style.middle(lams) - 0.5) == min(abs(lam - 0.5) for lam in lams)
+    assert middle(lams) in lams
+    assert abs(middle(lams) - 0.5) == min(abs(lam - 0.5) for lam in lams)
+
+
+@given(
+    st.sets(st.sampled_from([*LINES, "alternate", "importance", *"abcdefgh", "own.module:Mine"]))
+)
+def test_every_set_of_lines_has_looks_of_its_own(names: set[str]) -> None:
+    """The same whatever their order, and the paper's lines as everywhere."""
+    looks = style.looks(sorted(names))
+    assert looks == style.looks(sorted(names, reverse=True))
+    assert looks.keys() == names
+    assert list(looks)[: len(names & set(LINES))] == [n for n in style.COLOURS if n in names]
+    for name, look in looks.items():
+        assert look.label == style.LABELS.get(name, look.label)
+        assert ":" not in look.label
+    assert len({(look.colour, look.marker) for look in looks.values()}) == len(names)
 
 
 # --- the gap figure

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -14,10 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import logit
 
+from theory.command import run_experiment
 from theory.costs import Costs, cost_per_step
 from theory.metrics import ideal_distance, mix_value
 from theory.optima import problem_optima
-from theory.predictions import paper_numbers
+from theory.predictions.__main__ import PredictionsConfig, convex_verdicts, main
 from theory.predictions.claims import (
     PREDICTIONS,
     Equalisation,
@@ -31,18 +31,12 @@ from theory.predictions.end_points import (
     end_points,
     excess,
     families,
+    fit_log_line,
     held_out_excess,
     mix_metric,
 )
-from theory.predictions.equalisation import fit_log_line
-from theory.predictions.experiment import (
-    PredictionsConfig,
-    convex_verdicts,
-    main,
-    run_experiment,
-)
-from theory.predictions.paper_numbers import ALRIGHT_EXCESS, GAPS, LAM, ROUNDING, paper_verdicts
 from theory.problems import PROBLEMS, make_problem
+from theory.records import read_json
 from theory.registry import typical_scheduler
 
 LAMS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -279,29 +273,26 @@ def _comparable(table: pd.DataFrame) -> list[tuple[object, ...]]:
     ]
 
 
-def test_the_order_of_rows_and_columns_does_not_matter() -> None:
-    table = truth(4, noise=0.02)
-    shuffled = table.sample(frac=1.0, random_state=0)[sorted(table)]
-    assert _comparable(shuffled) == _comparable(table)
-
-
-def test_the_names_of_the_seeds_do_not_matter() -> None:
-    table = truth(4, noise=0.02)
-    renamed = table.assign(seed=table["seed"].map({0: 77, 1: 3, 2: 1000, 3: 12}))
-    assert _comparable(renamed) == _comparable(table)
-
-
-def test_repeating_a_run_that_ignores_lam_under_every_lam_changes_nothing() -> None:
-    table = truth(3)
+def _under_every_lam(table: pd.DataFrame) -> pd.DataFrame:
+    """What a sweep does with runs that ignore lam."""
     sequential = table[rows_of(table, "sequential")]
     copies = [sequential.assign(lam=lam) for lam in LAMS]
-    repeated = pd.concat([table[~rows_of(table, "sequential")], *copies], ignore_index=True)
-    assert _comparable(repeated) == _comparable(table)
+    return pd.concat([table[~rows_of(table, "sequential")], *copies], ignore_index=True)
 
 
-def test_the_unit_of_cost_does_not_matter() -> None:
-    table = truth(3)
-    assert _comparable(table.assign(cost=table["cost"] * 1e3)) == _comparable(table)
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t.sample(frac=1.0, random_state=0)[sorted(t)],
+        lambda t: t.assign(seed=t["seed"].map({0: 77, 1: 3, 2: 1000, 3: 12})),
+        _under_every_lam,
+        lambda t: t.assign(cost=t["cost"] * 1e3),
+    ],
+    ids=["order of rows and columns", "names of seeds", "runs without lam", "unit of cost"],
+)
+def test_what_does_not_matter(change: Callable[[pd.DataFrame], pd.DataFrame]) -> None:
+    table = truth(4, noise=0.02)
+    assert _comparable(change(table)) == _comparable(table)
 
 
 def test_a_common_shift_of_losses_and_optima_changes_nothing() -> None:
@@ -383,41 +374,6 @@ def test_a_negative_tolerance_is_refused() -> None:
         OwnMetric(tolerance=-0.1)
 
 
-# --- The published numbers ------------------------------------------------------------------------
-
-
-def test_the_published_numbers_are_consistent_with_one_another() -> None:
-    for gaps in GAPS.values():
-        # Both gaps and the distance are rounded; the distance moves at most as far as the gaps.
-        assert np.hypot(gaps.dpo, gaps.sft) == pytest.approx(gaps.ideal_distance, abs=3 * ROUNDING)
-
-
-def test_what_the_published_numbers_say() -> None:
-    by_key = {v.prediction: v for v in paper_verdicts()}
-    assert {key: v.outcome for key, v in by_key.items()} == {
-        "P1": "fails",
-        "P2": "fails",
-        "P3": "fails",
-        "P4": "holds",
-        "P5": "fails",
-        "P6": "not decided",
-    }
-    assert any("published fact" in claim for claim in by_key["P1"].violated)
-    assert by_key["P2"].margin == ALRIGHT_EXCESS.mean
-    assert (by_key["P2"].low, by_key["P2"].high) == pytest.approx((-0.06, -0.04))
-    assert by_key["P3"].margin == pytest.approx(-0.76)
-    assert "times to a target" in by_key["P6"].note
-
-
-def test_the_published_margins_follow_from_the_published_gaps() -> None:
-    points = {p.algorithm: p for p in end_points(paper_numbers.table())}
-    for rival in ("mix", "maxright"):
-        margin = excess(points[rival], points["alright"], mix_metric(LAM))
-        direct = np.mean(GAPS[rival][:2]) - np.mean(GAPS["alright"][:2])
-        assert margin.mean == pytest.approx(direct)
-        assert margin.bound == pytest.approx(2 * ROUNDING)
-
-
 # --- The command ----------------------------------------------------------------------------------
 
 
@@ -432,27 +388,16 @@ def test_all_six_hold_in_the_convex_simulator(problem: str) -> None:
     assert {v.prediction: v.outcome for v in found} == dict.fromkeys(KEYS, "holds")
 
 
-def test_the_command_writes_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_says_what_is_predicted_and_found(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = ["--problem", "bernoulli", "--steps", "200", "--seeds", "2", "--jobs", "1"]
     main([*arguments, "--lam", "0.25", "0.75", "--out", str(tmp_path)])
-    names = {path.name for path in tmp_path.iterdir()}
-    figure = {"predictions.png", "predictions.svg", "predictions.json"}
-    assert names == {"config.json", "results.parquet", "summary.json", *figure}
-    summary = json.loads((tmp_path / "summary.json").read_text())
+    summary, sidecar = (read_json(tmp_path / f"{n}.json") for n in ("summary", "predictions"))
     assert set(summary["verdicts"]) == {"bernoulli", "paper"}
     assert [v["prediction"] for v in summary["verdicts"]["paper"]] == list(KEYS)
     assert "rounded" in summary["published"]
-    sidecar = json.loads((tmp_path / "predictions.json").read_text())
     assert sidecar["seeds"] == [0, 1]
-    assert sidecar["command"].startswith("python -m theory.predictions --problem bernoulli")
     assert len(sidecar["verdicts"]) == 2 * len(KEYS)
     printed = capsys.readouterr().out
     assert all(p.statement in printed for p in PREDICTIONS)
-
-
-@pytest.mark.parametrize("flags", [["--steps", "5"], ["--lam", "1.5"], ["--problem", "nope"]])
-def test_a_wrong_flag_is_one_line(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main(flags)
-    assert stop.value.code == 2
-    assert capsys.readouterr().err.count("\n") == 1

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import resource
 import subprocess
@@ -30,24 +29,23 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
-from numpy.typing import NDArray
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from theory.cli import OneLineParser, check_output_dir, positive_int, run_command
-from theory.objectives import LogisticDPO, SoftmaxSFT
+from theory.cli import check_output_dir, positive_int, run_command
+from theory.command import add_out, command_line, command_parser
 from theory.optima import problem_optima
-from theory.plotting.benchmark import ALGORITHMS, SOURCES, cost_figure
-from theory.problems import Problem, make_problem
-from theory.randomness import BLOCK, Stream, uniforms
+from theory.plain import PROBLEM, Array, plain_run
+from theory.plotting.style import COLOURS, LABELS, STYLE
 from theory.records import save_figure, write_json
 from theory.schedulers import Alright, Maxright, Mix, Scheduler, Sequential
 from theory.simulate import StepSize, Trace, simulate
-from theory.tasks import Task
 
-Array = NDArray[np.float64]
-
-PROBLEM = make_problem("softmax")
+NAME = "benchmark"
+ALGORITHMS = ("mix", "alright", "maxright", "sequential")
+SOURCES = ("exact", "lazy", "fresh", "same")
 TOLERANCE = 1e-10
 ONE_THREAD = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL", "NUMEXPR")}
 
@@ -102,74 +100,10 @@ def simulated(
     )
 
 
-def plain_run(algorithm: str, lam: float, seed: int, num_steps: int) -> dict[str, Array]:
-    """One run as a plain NumPy loop: the last iterate and both averages, each (d,)."""
-    problem = PROBLEM
-    weights, optimum = np.array([lam, 1.0 - lam]), np.array(problem_optima(problem).values)
-    half, start = num_steps // 2, 0
-    theta = problem.start.copy()
-    uniform_sum, weighted_sum, alpha_sum = np.zeros_like(theta), np.zeros_like(theta), 0.0
-    for step in range(num_steps):
-        block, offset = divmod(step, BLOCK)
-        if offset == 0:
-            coins = uniforms((seed,), Stream.DECISION, block)[0, :, 0]
-            pairs = uniforms((seed,), Stream.DPO_SAMPLE, block, 2)[0]
-            demonstrations = uniforms((seed,), Stream.SFT_SAMPLE, block, 2)[0]
-        if algorithm == "mix":
-            w = weights
-        elif algorithm == "alright":
-            w = np.array([1.0, 0.0]) if coins[offset] < lam else np.array([0.0, 1.0])
-        elif algorithm == "maxright":
-            heights = weights * (problem.losses(theta) - optimum)
-            w = np.array([1.0, 0.0]) if heights[0] >= heights[1] else np.array([0.0, 1.0])
-        else:
-            w = np.array([1.0, 0.0]) if step < half else np.array([0.0, 1.0])
-            if step == half:
-                start, uniform_sum, weighted_sum, alpha_sum = step, 0.0 * theta, 0.0 * theta, 0.0
-        gradient = np.zeros_like(theta)
-        if w[Task.DPO]:
-            gradient += w[Task.DPO] * _dpo_gradient(problem, theta, pairs[offset])
-        if w[Task.SFT]:
-            gradient += w[Task.SFT] * _sft_gradient(problem, theta, demonstrations[offset])
-        alpha = problem.step_scale / math.sqrt(step - start + 1)
-        uniform_sum += theta
-        weighted_sum += alpha * theta
-        alpha_sum += alpha
-        theta = theta - alpha * gradient
-        norm = np.linalg.norm(theta)
-        if norm > problem.radius:
-            theta = theta * (problem.radius / norm)
-    count = num_steps - start
-    return {"last": theta, "uniform": uniform_sum / count, "weighted": weighted_sum / alpha_sum}
-
-
 def plain_runs(
     algorithm: str, grid: list[tuple[float, int]], num_steps: int
 ) -> list[dict[str, Array]]:
     return [plain_run(algorithm, lam, seed, num_steps) for lam, seed in grid]
-
-
-def _dpo_gradient(problem: Problem, theta: Array, u: Array) -> Array:
-    objective = problem.objectives[Task.DPO]
-    assert isinstance(objective, LogisticDPO)
-    i = int(u[0] * len(objective.differences))
-    difference = objective.beta * objective.differences[i]
-    label = 1.0 if u[1] < objective.preference[i] else -1.0
-    margin = difference @ (theta - objective.theta_ref)
-    return -label / (1.0 + math.exp(label * margin)) * difference
-
-
-def _sft_gradient(problem: Problem, theta: Array, u: Array) -> Array:
-    objective = problem.objectives[Task.SFT]
-    assert isinstance(objective, SoftmaxSFT)
-    x = int(u[0] * len(objective.features))
-    features = objective.features[x]
-    y = min(int(np.searchsorted(np.cumsum(objective.labels[x]), u[1], "right")), len(features) - 1)
-    logits = features @ theta
-    policy = np.exp(logits - logits.max())
-    policy /= policy.sum()
-    policy[y] -= 1.0
-    return policy @ features
 
 
 def largest_difference(config: BenchmarkConfig) -> float:
@@ -262,7 +196,37 @@ def summarise(times: dict[str, list[float]]) -> dict[str, dict[str, float]]:
     }
 
 
-# --- the command
+# --- the figure and the command
+
+
+def cost_figure(times: dict[str, list[float]]) -> Figure:
+    """CPU time per step of a run: the plain loop against the batch, and MAXRIGHT by source."""
+    medians = {name: float(np.median(rounds)) / 1e3 for name, rounds in times.items()}
+    medians["maxright"] = medians["lazy"]
+    plain = {a: medians[f"plain {a}"] for a in ALGORITHMS}
+    ours = {a: medians[a] for a in ALGORITHMS}
+    names = LABELS | {"sequential": "sequential"}
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(5.6, 2.3), layout="constrained")
+        left, right = figure.subplots(1, 2, width_ratios=(4, 3))
+        positions = np.arange(len(ALGORITHMS))
+        for shift, label, colour, values in (
+            (0.2, "plain NumPy loop", "0.65", plain),
+            (-0.2, "this package", COLOURS["mix"], ours),
+        ):
+            bars = left.barh(positions + shift, values.values(), 0.38, color=colour, label=label)
+            left.bar_label(bars, fmt="%.2g", padding=2, fontsize=7)
+        left.set_yticks(positions, [names[a] for a in ALGORITHMS])
+        left.set_xscale("log")
+        left.set_xlim(min(ours.values()) / 3, 4 * max(plain.values()))
+        left.set_title("four algorithms (log scale)")
+        bars = right.barh(SOURCES, [medians[s] for s in SOURCES], 0.6, color=COLOURS["maxright"])
+        right.bar_label(bars, fmt="%.2g", padding=2, fontsize=7)
+        right.set_xlim(right=1.2 * max(medians[s] for s in SOURCES))
+        right.set_title("MAXRIGHT by source of values")
+        figure.supxlabel("CPU time per step of a run (µs)", fontsize=8)
+        figure.legend(*left.get_legend_handles_labels(), loc="outside upper left", ncols=2)
+    return figure
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -279,11 +243,8 @@ def main(argv: list[str] | None = None) -> None:
     write_json(out / "config.json", asdict(config))
     write_json(out / "summary.json", summary)
     save_figure(cost_figure(speed["nanoseconds_per_step"]), out / "benchmark")
-    command = "python -m theory.benchmark" + (
-        " --quick"
-        if arguments.quick
-        else f" --seeds {config.num_seeds} --steps {config.num_steps} --rounds {config.rounds}"
-    )
+    sizes = {flag: getattr(arguments, flag) for flag in ("seeds", "steps", "rounds")}
+    command = command_line(NAME, {"quick": ()} if arguments.quick else sizes, arguments.out)
     write_json(out / "benchmark.json", {"command": command, **summary})
     print(report(config, summary))
     print(f"\nwrote config.json, summary.json and benchmark.png/.svg/.json to {out}/")
@@ -310,16 +271,14 @@ def report(config: BenchmarkConfig, summary: dict[str, Any]) -> str:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     defaults = BenchmarkConfig()
-    parser = OneLineParser(
-        prog="python -m theory.benchmark",
-        description="Measure the simulation's speed and memory, and what loss values cost.",
-    )
+    description = "Measure the simulation's speed and memory, and what loss values cost."
+    parser = command_parser(NAME, description)
     add = parser.add_argument
     add("--seeds", type=positive_int, default=defaults.num_seeds, help="seeds per lam")
     add("--steps", type=positive_int, default=defaults.num_steps, help="steps of each run")
     add("--rounds", type=positive_int, default=defaults.rounds, help="repetitions")
     add("--quick", action="store_true", help="a few short runs, to see that it works")
-    add("--out", default="figures/benchmark", help="directory for the results")
+    add_out(parser, NAME)
     return parser.parse_args(argv)
 
 

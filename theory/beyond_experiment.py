@@ -19,9 +19,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from dataclasses import asdict, fields, replace
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 from theory.beyond.base import Experiment
 from theory.beyond.clipping import Clipping
@@ -29,11 +28,19 @@ from theory.beyond.equal_compute import EqualCompute
 from theory.beyond.lockout import Lockout
 from theory.beyond.plateau import Plateau
 from theory.beyond.switches import Switches
-from theory.cli import OneLineParser, check_output_dir, positive_int, run_command, unit_float
-from theory.command import add_problem, distinct_problems
-from theory.records import save_figure, write_json, write_parquet
-from theory.sweep import FINISHED, discard_parts, run_sweep
+from theory.cli import positive_int, run_command, unit_float
+from theory.command import (
+    add_jobs,
+    add_out,
+    add_problem,
+    command_line,
+    command_parser,
+    conduct,
+    configured,
+    distinct_problems,
+)
 
+NAME = "beyond_experiment"
 PARTS: dict[str, tuple[type[Experiment], ...]] = {
     "switches": (Switches,),
     "equal_compute": (EqualCompute,),
@@ -46,68 +53,36 @@ FLAGS = {"problems": "problem", "lam": "lam", "num_steps": "steps", "num_seeds":
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse(argv)
-    out = Path(arguments.out)
-    chosen = list(experiments(arguments))
-    work = [experiment.batches() for experiment in chosen]  # a mistake shows before the work starts
-    for experiment in chosen:
-        check_output_dir(out / experiment.name)
-    for experiment, batches in zip(chosen, work, strict=True):
-        directory = out / experiment.name
-        parts = directory / FINISHED
-        results = run_sweep(batches, jobs=arguments.jobs, parts=parts)
-        summary = experiment.summary(results)
-        figure, numbers = experiment.figure(summary)
-        config = asdict(experiment)
-        write_json(directory / "config.json", config)
-        write_parquet(directory / "results.parquet", results)
-        write_json(directory / "summary.json", summary)
-        save_figure(figure, directory / experiment.name)
-        sidecar = {"command": command(arguments), "config": config, "numbers": numbers}
-        write_json(directory / f"{experiment.name}.json", sidecar)
-        print(experiment.report(summary) + "\n")
-        discard_parts(parts)
-    names = ", ".join(experiment.name for experiment in chosen)
-    print(f"wrote config.json, results.parquet, summary.json and the figure of {names} to {out}/")
+    out, chosen = Path(arguments.out), list(experiments(arguments))
+    figures = f" and the figure of {', '.join(experiment.name for experiment in chosen)}"
+    work = {out / experiment.name: experiment for experiment in chosen}
+    conduct(work, out, command(arguments), arguments.jobs, figures)
 
 
 def experiments(arguments: argparse.Namespace) -> Iterator[Experiment]:
     """The chosen experiments: each with its own defaults but for the flags given."""
     for part in arguments.part:
         for kind in PARTS[part]:
-            default = kind()  # type: ignore[call-arg]  # every subclass gives its fields defaults
-            yield replace(default, **_changes(arguments, kind))
-
-
-def _changes(arguments: argparse.Namespace, kind: type[Experiment]) -> dict[str, Any]:
-    known = {field.name for field in fields(kind)}
-    given = {name: getattr(arguments, flag) for name, flag in FLAGS.items() if name in known}
-    return {name: value for name, value in given.items() if value is not None}
+            yield configured(kind(), arguments, FLAGS)
 
 
 def command(arguments: argparse.Namespace) -> str:
     """The command line that reproduces the results."""
-    line = f"python -m theory.beyond_experiment --part {' '.join(arguments.part)}"
-    for flag in FLAGS.values():
-        value = getattr(arguments, flag)
-        if value is not None:
-            values = value if isinstance(value, tuple) else (value,)
-            line += f" --{flag} {' '.join(map(str, values))}"
-    return line
+    said = {flag: getattr(arguments, flag) for flag in ("part", *FLAGS.values())}
+    return command_line(NAME, said, arguments.out)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = OneLineParser(
-        prog="python -m theory.beyond_experiment",
-        description="What goes beyond the paper; see the module's docstring for the parts.",
-    )
+    description = "What goes beyond the paper; see the module's docstring for the parts."
+    parser = command_parser(NAME, description)
     add = parser.add_argument
     add("--part", nargs="+", choices=[*PARTS, "all"], default=["all"], help="default: all")
     add_problem(parser, None, " (switches, lockout, optimizers)")
     add("--lam", type=unit_float, help="weight on DPO: switches, clipping, optimizers")
     add("--steps", type=positive_int, help="steps of each run (equal_compute: of Mix)")
     add("--seeds", type=positive_int, help="number of seeds")
-    add("--out", default="figures/beyond_experiment", help="directory for the results")
-    add("--jobs", type=positive_int, default=2, help="parallel processes")
+    add_out(parser, NAME)
+    add_jobs(parser)
     arguments = parser.parse_args(argv)
     named = list(PARTS) if "all" in arguments.part else dict.fromkeys(arguments.part)
     arguments.part = tuple(named)
@@ -124,4 +99,4 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    run_command(main, "python -m theory.beyond_experiment")
+    run_command(main, f"python -m theory.{NAME}")

@@ -18,37 +18,25 @@ summary.json, the curves (convergence.png, .svg, .json) and the slopes (slopes.p
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import product
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from theory.cli import check_output_dir, positive_int, run_command
-from theory.command import command_line, common_fields, sweep_parser
-from theory.metrics import mean_interval, sequential_limit
+from theory import compared
+from theory.cli import positive_int, run_command
+from theory.command import ALGORITHMS, Findings, SweepExperiment, sweep_main
+from theory.metrics import fit_slope, mean_interval, middle, sequential_limit, slope_interval
 from theory.optima import TOLERANCE, ProblemOptima
-from theory.plotting import convergence as plotting
+from theory.plotting.convergence import convergence_figure, slopes_figure
 from theory.problems import PROBLEMS, make_problem
-from theory.rates import fit_slope, slope_interval
-from theory.records import save_figure, write_json, write_parquet
 from theory.schedulers import ORDERS
 from theory.simulate import ITERATES, log_spaced_steps
-from theory.sweep import (
-    COUNTS,
-    FINISHED,
-    KEYS,
-    METRICS,
-    Batch,
-    Variant,
-    discard_parts,
-    run_sweep,
-    summarise,
-)
+from theory.sweep import COUNTS, KEYS, METRICS, Batch, Variant, summarise
 from theory.theorems.rate_bounds import bound_curve
 
 EMA_WEIGHT = 0.02
@@ -58,19 +46,60 @@ Curves = dict[tuple[str, float, str, str], pd.Series]
 
 
 @dataclass(frozen=True)
-class ConvergenceConfig:
+class ConvergenceConfig(SweepExperiment):
     """Everything that determines the results."""
 
+    name: ClassVar[str] = "convergence_experiment"
+    about: ClassVar[str] = "Measure convergence rates and hold them against the theorems' bounds."
+    figure_files: ClassVar[str] = ", convergence.* and slopes.*"
+    own_flags = {"fit_from": {"type": positive_int, "help": "first step of the fit"}} | ALGORITHMS
     problems: tuple[str, ...] = tuple(PROBLEMS)
     lams: tuple[float, ...] = (0.5,)
     num_steps: int = 30_000
     num_seeds: int = 20
     fit_from: int = 1000
     resamples: int = 2000
+    algorithms: tuple[str, ...] = compared.ALGORITHMS
+
+    @classmethod
+    def refusal(cls, arguments: argparse.Namespace) -> str | None:
+        if arguments.steps < 10 * arguments.fit_from:
+            return (
+                f"--steps {arguments.steps} is too few: a fit from {arguments.fit_from} on needs a "
+                f"decade, so at least {10 * arguments.fit_from} steps"
+            )
+        return None
 
     @property
-    def seeds(self) -> tuple[int, ...]:
-        return tuple(range(self.num_seeds))
+    def methods(self) -> list[Method]:
+        return methods(self.num_steps, self.algorithms)
+
+    def batches(self) -> list[Batch]:
+        """The dear part first: later problems are larger."""
+        return [
+            batch
+            for problem in reversed(self.problems)
+            for method in reversed(self.methods)
+            for batch in _batches(self, problem, method)
+        ]
+
+    def table(self, results: pd.DataFrame) -> pd.DataFrame:
+        """One row per problem, method (`variant`), lam, seed, step and iterate."""
+        columns = [*KEYS[:4], "seed", *KEYS[4:], *METRICS, *COUNTS]
+        return results[columns].sort_values([*KEYS, "seed"], ignore_index=True)
+
+    def findings(self, results: pd.DataFrame) -> Findings:
+        bounds, references = bound_curves(self), limits(self)
+        rates, lam = measured_rates(self, results, bounds), middle(self.lams)
+        drawn = {
+            "convergence": convergence_figure(summarise(results), bounds, references, lam),
+            "slopes": slopes_figure(rates, lam),
+        }
+        return Findings(
+            {"config": asdict(self), "sequential_limits": references, "rates": rates},
+            report(self, rates),
+            [(name, figure, {"panels": numbers}) for name, (figure, numbers) in drawn.items()],
+        )
 
 
 @dataclass(frozen=True)
@@ -85,15 +114,18 @@ class Method:
     """A name of `theory.values`; None: exact values."""
 
 
-def methods(num_steps: int) -> list[Method]:
+def methods(num_steps: int, algorithms: Sequence[str] = compared.ALGORITHMS) -> list[Method]:
     """All methods. MAXRIGHT's names say: values, their age, and whether steps are unscaled."""
-    return [
-        *(Method(order, "sequential", "mix_gap", {"order": order}) for order in ORDERS),
-        Method("mix", "mix", "mix_gap"),
-        Method("alright", "alright", "mix_gap"),
-        *_maxright(num_steps, scale_steps=True, suffix=""),
-        *_maxright(num_steps, scale_steps=False, suffix=" unscaled"),
-    ]
+    chosen: list[Method] = []
+    for name in compared.lines(algorithms):
+        if name in ORDERS:
+            chosen.append(Method(name, "sequential", "mix_gap", {"order": name}))
+        elif name == "maxright":
+            chosen += _maxright(num_steps, scale_steps=True, suffix="")
+            chosen += _maxright(num_steps, scale_steps=False, suffix=" unscaled")
+        else:
+            chosen.append(Method(name, name, "mix_gap"))
+    return chosen
 
 
 def _maxright(num_steps: int, scale_steps: bool, suffix: str) -> Iterator[Method]:
@@ -111,16 +143,6 @@ def _maxright(num_steps: int, scale_steps: bool, suffix: str) -> Iterator[Method
         yield Method(name + suffix, "maxright", "max_gap", options, values)
 
 
-def batches(config: ConvergenceConfig) -> list[Batch]:
-    """The work of the experiment, the dear part first: later problems are larger."""
-    return [
-        batch
-        for problem in reversed(config.problems)
-        for method in reversed(methods(config.num_steps))
-        for batch in _batches(config, problem, method)
-    ]
-
-
 def _batches(config: ConvergenceConfig, problem: str, method: Method) -> Iterator[Batch]:
     common = (problem, method.algorithm, config.lams, config.seeds)
     if method.algorithm != "sequential":
@@ -133,22 +155,13 @@ def _batches(config: ConvergenceConfig, problem: str, method: Method) -> Iterato
         yield Batch(*common, horizon, halves, method.options, record_steps=(horizon,))
 
 
-def run_experiment(
-    config: ConvergenceConfig, jobs: int = 2, parts: Path | None = None
-) -> pd.DataFrame:
-    """All runs, one row per problem, method (`variant`), lam, seed, step and iterate."""
-    results = run_sweep(batches(config), jobs=jobs, parts=parts)
-    columns = [*KEYS[:4], "seed", *KEYS[4:], *METRICS, *COUNTS]
-    return results[columns].sort_values([*KEYS, "seed"], ignore_index=True)
-
-
 def measured_rates(
     config: ConvergenceConfig, results: pd.DataFrame, bounds: Curves
 ) -> list[dict[str, Any]]:
     """Slope, bound and verdicts of every problem, lam, method and iterate."""
     keys = ["problem", "lam", "variant", "iterate"]
     tables = dict(iter(results.groupby(keys)))
-    grid = product(config.problems, config.lams, methods(config.num_steps), ITERATES)
+    grid = product(config.problems, config.lams, config.methods, ITERATES)
     rates = []
     for problem, lam, method, iterate in grid:
         key = (problem, lam, method.name, iterate)
@@ -197,7 +210,7 @@ def bound_curves(config: ConvergenceConfig) -> Curves:
     steps, curves = log_spaced_steps(config.num_steps), {}
     for problem in config.problems:
         optima = ProblemOptima(make_problem(problem))
-        for lam, method, iterate in product(config.lams, methods(config.num_steps), ITERATES):
+        for lam, method, iterate in product(config.lams, config.methods, ITERATES):
             bound = bound_curve(optima, lam, method.name, iterate, steps)
             if bound is not None:
                 curves[problem, lam, method.name, iterate] = pd.Series(bound, index=steps)
@@ -223,40 +236,7 @@ def _limit(problem: str, order: str, lam: float) -> tuple[float, str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    arguments = parse(argv)
-    config = ConvergenceConfig(
-        **common_fields(arguments),
-        fit_from=arguments.fit_from,
-    )
-    out = Path(arguments.out)
-    check_output_dir(out)
-    parts = out / FINISHED
-    results = run_experiment(config, arguments.jobs, parts)
-    bounds, references = bound_curves(config), limits(config)
-    rates = measured_rates(config, results, bounds)
-    write_json(out / "config.json", asdict(config))
-    write_parquet(out / "results.parquet", results)
-    summary = {"config": asdict(config), "sequential_limits": references, "rates": rates}
-    write_json(out / "summary.json", summary)
-    lam = plotting.middle(config.lams)
-    curves = plotting.convergence_figure(summarise(results), bounds, references, lam)
-    for name, (figure, numbers) in {
-        "convergence": curves,
-        "slopes": plotting.slopes_figure(rates, lam),
-    }.items():
-        save_figure(figure, out / name)
-        sidecar = {"command": command(config), "config": asdict(config), "panels": numbers}
-        write_json(out / f"{name}.json", sidecar)
-    print(report(config, rates))
-    discard_parts(parts)
-    print(
-        f"\nwrote config.json, results.parquet, summary.json, convergence.* and slopes.* to {out}/"
-    )
-
-
-def command(config: ConvergenceConfig) -> str:
-    """The command line that reproduces the results."""
-    return command_line("convergence_experiment", config, "fit_from")
+    sweep_main(ConvergenceConfig, argv)
 
 
 def report(config: ConvergenceConfig, rates: list[dict[str, Any]]) -> str:
@@ -289,22 +269,6 @@ def _report_row(rate: dict[str, Any]) -> str:
         f"  {rate['method']:<22}{slope['mean']:>8.2f}{interval:>18}{bounds[0]:>8}"
         f"{rate['final_gap']['mean']:>11.2e}{bounds[1]:>11}"
     )
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    defaults = ConvergenceConfig()
-    description = "Measure convergence rates and hold them against the theorems' bounds."
-    parser = sweep_parser("convergence_experiment", description, defaults)
-    parser.add_argument(
-        "--fit_from", type=positive_int, default=defaults.fit_from, help="first step of the fit"
-    )
-    arguments = parser.parse_args(argv)
-    if arguments.steps < 10 * arguments.fit_from:
-        parser.error(
-            f"--steps {arguments.steps} is too few: a fit from {arguments.fit_from} on needs a "
-            f"decade, so at least {10 * arguments.fit_from} steps"
-        )
-    return arguments
 
 
 if __name__ == "__main__":

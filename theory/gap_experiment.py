@@ -12,94 +12,97 @@ G_Max against T (gap.png, gap.svg, gap.json).
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import product
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from theory.cli import check_output_dir, run_command
-from theory.command import add_refresh_every, command_line, common_fields, parse_sweep, sweep_parser
-from theory.metrics import sequential_limit
+from theory import compared
+from theory.cli import run_command
+from theory.command import ALGORITHMS, REFRESH_EVERY, Findings, SweepExperiment, sweep_main
+from theory.compared import EVEN_SPLIT
+from theory.metrics import middle, sequential_limit
 from theory.optima import Optimum, ProblemOptima
-from theory.plotting import gap as plotting
-from theory.plotting import style
+from theory.plotting.gap import gap_figure
+from theory.plotting.style import label
 from theory.problems import PROBLEMS, make_problem
-from theory.records import save_figure, write_json, write_parquet
 from theory.schedulers import ORDERS
 from theory.simulate import log_spaced_steps
-from theory.sweep import (
-    COUNTS,
-    FINISHED,
-    KEYS,
-    METRICS,
-    Batch,
-    Variant,
-    discard_parts,
-    run_sweep,
-    summarise,
-)
+from theory.sweep import COUNTS, KEYS, METRICS, Batch, Variant, summarise
 
-JOINT = ("mix", "alright", "maxright")
 GROUPS = (*KEYS[:3], "split", *KEYS[3:])
 NEAR_ONE = (0.97, 0.99, 0.997, 0.999, 0.9997, 0.9999, 0.99997, 0.99999)
 """Splits that leave a handful of steps for the last objective: where tuning helps at large T."""
-EVEN_SPLIT = 0.5
-"""The split of the untuned sequential runs: half of the budget for each objective."""
 
 
 @dataclass(frozen=True)
-class GapConfig:
+class GapConfig(SweepExperiment):
     """Everything that determines the results."""
 
+    name: ClassVar[str] = "gap_experiment"
+    about: ClassVar[str] = (
+        "Measure the sequential trade-off gap and how the joint schedules close it."
+    )
+    figure_files: ClassVar[str] = " and gap.png/.svg/.json"
+    own_flags = REFRESH_EVERY | ALGORITHMS
     problems: tuple[str, ...] = tuple(PROBLEMS)
     lams: tuple[float, ...] = (0.1, 0.25, 0.5, 0.75, 0.9)
     num_steps: int = 100_000
     num_seeds: int = 20
     splits: tuple[float, ...] = (0.1, 0.25, 0.5, 0.75, 0.9, *NEAR_ONE)
     refresh_every: int = 1
-
-    @property
-    def seeds(self) -> tuple[int, ...]:
-        return tuple(range(self.num_seeds))
+    algorithms: tuple[str, ...] = compared.ALGORITHMS
 
     @property
     def horizons(self) -> NDArray[np.int64]:
         """Budgets of the sequential runs: two per decade."""
         return log_spaced_steps(self.num_steps, per_decade=2)
 
+    def batches(self) -> list[Batch]:
+        """The dear part first: later problems are larger."""
+        return [
+            batch
+            for problem in reversed(self.problems)
+            for batch in (*_joint(self, problem), *_sequential(self, problem))
+        ]
 
-def batches(config: GapConfig) -> list[Batch]:
-    """The work of the experiment, the dear part first: later problems are larger."""
-    return [
-        batch
-        for problem in reversed(config.problems)
-        for batch in (*_joint(config, problem), *_sequential(config, problem))
-    ]
+    def table(self, results: pd.DataFrame) -> pd.DataFrame:
+        """One row per problem, algorithm, variant, lam, seed, step and iterate."""
+        results = results.assign(split=results.get("split", np.nan))  # of sequential training alone
+        columns = [*KEYS[:3], "split", "lam", "seed", *KEYS[4:], *METRICS, *COUNTS]
+        return results[columns].sort_values([*GROUPS, "seed"], ignore_index=True)
+
+    def findings(self, results: pd.DataFrame) -> Findings:
+        groups, limits = summarise(results, GROUPS), reference_values(self)
+        figure, numbers = gap_figure(groups, limits, middle(self.lams), EVEN_SPLIT)
+        return Findings(
+            summary(self, groups, limits),
+            report(self, groups, limits),
+            [("gap", figure, {"panels": numbers})],
+        )
 
 
 def _joint(config: GapConfig, problem: str) -> Iterator[Batch]:
-    period = {"refresh_every": config.refresh_every}
-    for algorithm in reversed(JOINT):
-        maxright = algorithm == "maxright"
+    for algorithm in reversed(compared.joint(config.algorithms)):
+        options = compared.period(algorithm, config.refresh_every)
+        name = f"refresh_every={config.refresh_every}" if options else ""
         yield Batch(
             problem,
             algorithm,
             config.lams,
             config.seeds,
             config.num_steps,
-            options=period if maxright else {},
-            variants=(Variant(f"refresh_every={config.refresh_every}" if maxright else ""),),
+            options=options,
+            variants=(Variant(name),),
         )
 
 
 def _sequential(config: GapConfig, problem: str) -> Iterator[Batch]:
-    for order, horizon in product(ORDERS, config.horizons.tolist()):
+    for order, horizon in product(compared.orders(config.algorithms), config.horizons.tolist()):
         yield Batch(
             problem,
             "sequential",
@@ -116,48 +119,13 @@ def _splits(config: GapConfig, order: str, horizon: int) -> tuple[Variant, ...]:
     """One variant per split; of splits that round to the same stage lengths only the first."""
     variants: dict[int, Variant] = {}
     for split in config.splits:
-        first_steps = min(max(round(split * horizon), 1), horizon - 1)
-        name = f"{order}, split={split:g}"
-        variants.setdefault(
-            first_steps, Variant(name, {"first_steps": first_steps}, {"split": split})
-        )
+        variant = compared.split_variant(order, split, horizon)
+        variants.setdefault(variant.options["first_steps"], variant)
     return tuple(variants.values())
 
 
-def run_experiment(config: GapConfig, jobs: int = 2, parts: Path | None = None) -> pd.DataFrame:
-    """All runs, one row per problem, algorithm, variant, lam, seed, step and iterate."""
-    results = run_sweep(batches(config), jobs=jobs, parts=parts)
-    columns = [*KEYS[:3], "split", "lam", "seed", *KEYS[4:], *METRICS, *COUNTS]
-    return results[columns].sort_values([*GROUPS, "seed"], ignore_index=True)
-
-
 def main(argv: list[str] | None = None) -> None:
-    arguments = parse(argv)
-    config = GapConfig(
-        **common_fields(arguments),
-        refresh_every=arguments.refresh_every,
-    )
-    out = Path(arguments.out)
-    check_output_dir(out)
-    parts = out / FINISHED
-    results = run_experiment(config, arguments.jobs, parts)
-    groups = summarise(results, GROUPS)
-    limits = reference_values(config)
-    write_json(out / "config.json", asdict(config))
-    write_parquet(out / "results.parquet", results)
-    write_json(out / "summary.json", summary(config, groups, limits))
-    figure, numbers = plotting.gap_figure(groups, limits, style.middle(config.lams), EVEN_SPLIT)
-    save_figure(figure, out / "gap")
-    sidecar = {"command": command(config), "config": asdict(config), "panels": numbers}
-    write_json(out / "gap.json", sidecar)
-    print(report(config, groups, limits))
-    discard_parts(parts)
-    print(f"\nwrote config.json, results.parquet, summary.json and gap.png/.svg/.json to {out}/")
-
-
-def command(config: GapConfig) -> str:
-    """The command line that reproduces the results."""
-    return command_line("gap_experiment", config, "refresh_every")
+    sweep_main(GapConfig, argv)
 
 
 def reference_values(config: GapConfig) -> dict[str, Any]:
@@ -210,8 +178,8 @@ def report(config: GapConfig, groups: pd.DataFrame, limits: dict[str, Any]) -> s
     for problem in config.problems:
         table = final[final["problem"] == problem]
         lines += ["", f"{problem:<28}" + "".join(f"{f'lam={lam:g}':>17}" for lam in config.lams)]
-        for label, cells in _report_rows(config, table, limits[problem]["lam"]):
-            lines.append(f"  {label:<26}" + "".join(f"{cell:>17}" for cell in cells))
+        for head, cells in _report_rows(config, table, limits[problem]["lam"]):
+            lines.append(f"  {head:<26}" + "".join(f"{cell:>17}" for cell in cells))
     return "\n".join(lines)
 
 
@@ -219,18 +187,17 @@ def _report_rows(
     config: GapConfig, table: pd.DataFrame, references: dict[str, Any]
 ) -> Iterator[tuple[str, list[str]]]:
     sequential = table[table["algorithm"] == "sequential"]
-    for order in ORDERS:
+    for order in compared.orders(config.algorithms):
         rows = sequential[sequential["variant"].str.startswith(order)]
-        label = style.LABELS[order]
         even = rows[rows["split"] == EVEN_SPLIT]
-        yield f"G_Mix {label}", _cells(config, even, "mix_gap")
+        yield f"G_Mix {label(order)}", _cells(config, even, "mix_gap")
         by_lam = [references[f"{lam:g}"]["sequential_limit"][order] for lam in config.lams]
         yield f"  its limit ({by_lam[0]['source']})", [f"{v['mix_gap']:.4g}" for v in by_lam]
         yield "  best split @ (hindsight)", [_best_split(rows, lam) for lam in config.lams]
     for metric, name in (("mix_gap", "G_Mix"), ("max_gap", "G_Max")):
-        for algorithm in JOINT:
+        for algorithm in compared.joint(config.algorithms):
             rows = table[table["algorithm"] == algorithm]
-            yield f"{name} {style.LABELS[algorithm]}", _cells(config, rows, metric)
+            yield f"{name} {label(algorithm)}", _cells(config, rows, metric)
 
 
 def _cells(config: GapConfig, rows: pd.DataFrame, metric: str) -> list[str]:
@@ -246,14 +213,6 @@ def _best_split(rows: pd.DataFrame, lam: float) -> str:
 
 def _format(mean: float, low: float, high: float) -> str:
     return f"{mean:.2e} ±{(high - low) / 2:.0e}" if np.isfinite(high) else f"{mean:.2e}"
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    defaults = GapConfig()
-    description = "Measure the sequential trade-off gap and how the joint schedules close it."
-    parser = sweep_parser("gap_experiment", description, defaults)
-    add_refresh_every(parser, defaults.refresh_every)
-    return parse_sweep(parser, argv, least_steps=10)
 
 
 if __name__ == "__main__":

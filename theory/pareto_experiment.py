@@ -13,21 +13,20 @@ same in parameter space); each figure as .png, .svg and .json.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import pandas as pd
 from matplotlib.figure import Figure
 
-from theory.cli import check_output_dir, run_command
-from theory.command import add_refresh_every, command_line, common_fields, parse_sweep, sweep_parser
+from theory import compared
+from theory.cli import run_command
+from theory.command import ALGORITHMS, REFRESH_EVERY, Findings, SweepExperiment, sweep_main
+from theory.compared import EVEN_SPLIT
+from theory.metrics import middle
 from theory.optima import ProblemOptima
 from theory.pareto_summary import (
-    EVEN_SPLIT,
-    JOINT,
     PLANE,
     ParetoConfig,
     Reference,
@@ -37,52 +36,64 @@ from theory.pareto_summary import (
     summary,
 )
 from theory.plotting import pareto as plotting
-from theory.plotting.style import middle, short_name
-from theory.problems import make_problem
-from theory.records import save_figure, write_json, write_parquet
-from theory.schedulers import ORDERS
-from theory.sweep import COUNTS, FINISHED, KEYS, METRICS, Batch, Variant, discard_parts, run_sweep
+from theory.problems import make_problem, short_name
+from theory.sweep import COUNTS, KEYS, METRICS, Batch, Variant
 
 
-def batches(config: ParetoConfig) -> list[Batch]:
-    """The work of the experiment, the dear part first: later problems are larger."""
-    return [batch for problem in reversed(config.problems) for batch in _batches(config, problem)]
+@dataclass(frozen=True)
+class ParetoExperiment(ParetoConfig, SweepExperiment):
+    """The command."""
+
+    name: ClassVar[str] = "pareto_experiment"
+    about: ClassVar[str] = "Compare end points with the certified Pareto front."
+    figure_files: ClassVar[str] = " and the figures"
+    own_flags = REFRESH_EVERY | ALGORITHMS
+    rising_lams: ClassVar[bool] = True
+    least_steps: ClassVar[int] = 100
+
+    def batches(self) -> list[Batch]:
+        """The dear part first: later problems are larger."""
+        return [batch for problem in reversed(self.problems) for batch in _batches(self, problem)]
+
+    def table(self, results: pd.DataFrame) -> pd.DataFrame:
+        """One row per problem, `line`, knob, seed, step and iterate.
+
+        `line` is the joint algorithm or the order; `knob` its lam or split.
+        """
+        split = results.get("split", results["lam"])  # without sequential training there is none
+        line, knob = compared.line_of(results), split.fillna(results["lam"])
+        results = results.assign(line=line, knob=knob)
+        columns = ["problem", "line", "knob", "seed", *KEYS[3:], *METRICS, *COUNTS]
+        return results[columns].sort_values(columns[:7], ignore_index=True)
+
+    def findings(self, results: pd.DataFrame) -> Findings:
+        references = {problem: reference(self, problem) for problem in self.problems}
+        numbers = summary(self, results, references)
+        drawn = figures(self, results, numbers, references)
+        return Findings(
+            numbers,
+            report(self, numbers),
+            ((name, figure, {"panels": panels}) for name, figure, panels in drawn),
+        )
 
 
-def _batches(config: ParetoConfig, problem: str) -> Iterator[Batch]:
+def _batches(config: ParetoExperiment, problem: str) -> Iterator[Batch]:
     common = (config.lams, config.seeds, config.num_steps)
-    for name in reversed(JOINT):
-        period = {"refresh_every": config.refresh_every} if name == "maxright" else {}
-        variant = (Variant(name),)
-        steps = config.record_steps
-        yield Batch(problem, name, *common, variant, period, record_steps=steps)
+    steps = config.record_steps
+    for name in reversed(compared.joint(config.algorithms)):
+        period = compared.period(name, config.refresh_every)
+        yield Batch(problem, name, *common, (Variant(name),), period, record_steps=steps)
     # Sequential training does not know lam: all lams would repeat the same end points.
     common = ((middle(config.lams),), config.seeds, config.num_steps)
     others = tuple(split for split in config.splits if split != EVEN_SPLIT)
-    for order in ORDERS:
+    for order in compared.orders(config.algorithms):
         for splits, steps in ((others, (config.num_steps,)), ((EVEN_SPLIT,), config.record_steps)):
-            variants = tuple(_split(config, order, split) for split in splits)
+            variants = tuple(
+                compared.split_variant(order, split, config.num_steps) for split in splits
+            )
             yield Batch(
                 problem, "sequential", *common, variants, {"order": order}, record_steps=steps
             )
-
-
-def _split(config: ParetoConfig, order: str, split: float) -> Variant:
-    first_steps = min(max(round(split * config.num_steps), 1), config.num_steps - 1)
-    name = f"{order}, split={split:g}"
-    return Variant(name, {"first_steps": first_steps}, {"split": split})
-
-
-def run_experiment(config: ParetoConfig, jobs: int = 2, parts: Path | None = None) -> pd.DataFrame:
-    """All runs, one row per problem, `line`, knob, seed, step and iterate.
-
-    `line` is the joint algorithm or the order; `knob` its lam or split.
-    """
-    results = run_sweep(batches(config), jobs=jobs, parts=parts)
-    results["line"] = results["variant"].str.partition(",")[0]
-    results["knob"] = results["split"].fillna(results["lam"])
-    columns = ["problem", "line", "knob", "seed", *KEYS[3:], *METRICS, *COUNTS]
-    return results[columns].sort_values(columns[:7], ignore_index=True)
 
 
 def figures(
@@ -102,36 +113,14 @@ def figures(
         yield f"overview_{short_name(problem)}", *figure
     if PLANE in config.problems:
         optima = ProblemOptima(make_problem(PLANE))
-        yield "paths", *plotting.plane_figure(optima, fronts[PLANE], plane_paths(lam), lam)
+        yield (
+            "paths",
+            *plotting.plane_figure(optima, fronts[PLANE], plane_paths(config.lines, lam), lam),
+        )
 
 
 def main(argv: list[str] | None = None) -> None:
-    arguments = parse(argv)
-    config = ParetoConfig(
-        **common_fields(arguments) | {"lams": tuple(sorted(set(arguments.lam)))},
-        refresh_every=arguments.refresh_every,
-    )
-    out = Path(arguments.out)
-    check_output_dir(out)
-    parts = out / FINISHED
-    results = run_experiment(config, arguments.jobs, parts)
-    references = {problem: reference(config, problem) for problem in config.problems}
-    numbers = summary(config, results, references)
-    write_json(out / "config.json", asdict(config))
-    write_parquet(out / "results.parquet", results)
-    write_json(out / "summary.json", numbers)
-    for name, figure, drawn in figures(config, results, numbers, references):
-        save_figure(figure, out / name)
-        sidecar = {"command": command(config), "config": asdict(config), "panels": drawn}
-        write_json(out / f"{name}.json", sidecar)
-    print(report(config, numbers))
-    discard_parts(parts)
-    print(f"\nwrote config.json, results.parquet, summary.json and the figures to {out}/")
-
-
-def command(config: ParetoConfig) -> str:
-    """The command line that reproduces the results."""
-    return command_line("pareto_experiment", config, "refresh_every")
+    sweep_main(ParetoExperiment, argv)
 
 
 def report(config: ParetoConfig, numbers: dict[str, Any]) -> str:
@@ -153,14 +142,6 @@ def report(config: ParetoConfig, numbers: dict[str, Any]) -> str:
                     f"{excess['high']:.1e}] at {best['knob']:g}"
                 )
     return "\n".join(lines)
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    defaults = ParetoConfig()
-    description = "Compare end points with the certified Pareto front."
-    parser = sweep_parser("pareto_experiment", description, defaults)
-    add_refresh_every(parser, defaults.refresh_every)
-    return parse_sweep(parser, argv, least_steps=100)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,20 +10,18 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from theory import compared
+from theory.compared import EVEN_SPLIT
 from theory.costs import Costs, cost_per_step
-from theory.metrics import Interval, mean_interval, optimality_gaps
+from theory.metrics import Interval, mean_interval, middle, optimality_gaps
 from theory.optima import ProblemOptima
-from theory.plotting.style import middle
 from theory.problems import PROBLEMS, make_problem
-from theory.registry import make_scheduler, typical_scheduler
+from theory.registry import make_scheduler, scheduler_options, typical_scheduler
 from theory.schedulers import ORDERS
 from theory.simulate import ITERATES, StepSize, log_spaced_steps, simulate
 from theory.sweep import COUNTS
 from theory.theorems.pareto import Front, hypervolume, least_ideal_distance, pareto_front
 
-JOINT = ("mix", "alright", "maxright")
-LINES = (*ORDERS, *JOINT)
-EVEN_SPLIT = 0.5
 PLANE = "toy2d"
 """The problem with two parameters, whose paths can be drawn."""
 PLANE_STEPS, PLANE_SEEDS, PLANE_SCALE = 4000, 100, 0.25
@@ -40,10 +39,11 @@ class ParetoConfig:
     splits: tuple[float, ...] = (0.1, 0.25, 0.5, 0.75, 0.9, 0.97, 0.99, 0.997, 0.999, 0.9997)
     refresh_every: int = 10
     front_points: int = 201
+    algorithms: tuple[str, ...] = compared.ALGORITHMS
 
     @property
-    def seeds(self) -> tuple[int, ...]:
-        return tuple(range(self.num_seeds))
+    def lines(self) -> tuple[str, ...]:
+        return compared.lines(self.algorithms)
 
     @property
     def record_steps(self) -> tuple[int, ...]:
@@ -89,7 +89,7 @@ def summary(
     grouped = final.groupby(["problem", "line", "iterate"])
     records = []
     for problem in config.problems:
-        for line in LINES:
+        for line in config.lines:
             for iterate in ITERATES:
                 rows = grouped.get_group((problem, line, iterate))
                 keys = {"problem": problem, "line": line, "iterate": iterate}
@@ -166,7 +166,7 @@ def objective_paths(
     losses = start.losses(start.start)
     rows = results[(results["problem"] == problem) & (results["iterate"] == "last")]
     paths = {}
-    for line in LINES:
+    for line in config.lines:
         knob = EVEN_SPLIT if line in ORDERS else lam
         chosen = rows[(rows["line"] == line) & (rows["knob"] == knob)]
         mean = chosen.groupby("step")[["f_dpo", "f_sft"]].mean()
@@ -175,23 +175,21 @@ def objective_paths(
     return paths
 
 
-def plane_paths(lam: float) -> dict[str, NDArray[np.float64]]:
+def plane_paths(lines: Sequence[str], lam: float) -> dict[str, NDArray[np.float64]]:
     """Last iterates on the 2-D problem, (steps + 1, seeds, 2) per line, the start included."""
     optima = ProblemOptima(make_problem(PLANE))
     half, seeds = PLANE_STEPS // 2, tuple(range(PLANE_SEEDS))
-    lams = (lam,) * PLANE_SEEDS
-    options: dict[str, dict[str, Any]] = {
-        **{order: {"first_steps": half, "order": order} for order in ORDERS},
-        "mix": {"lam": lam},
-        "alright": {"lam": lams, "seed": seeds},
-        "maxright": {"lam": lams, "optimum": optima.values, "refresh_every": 1},
-    }
+    known: dict[str, Any] = {"lam": (lam,) * PLANE_SEEDS, "seed": seeds}
+    known |= {"optimum": optima.values, "refresh_every": 1, "first_steps": half}
     stage = np.append(np.arange(1, 10), log_spaced_steps(half, per_decade=12))
     paths = {}
-    for line in LINES:
+    for line in lines:
+        algorithm = "sequential" if line in ORDERS else line
+        used = scheduler_options(algorithm)
+        options = {k: v for k, v in (known | {"order": line}).items() if k in used}
         trace = simulate(
             optima.problem,
-            make_scheduler("sequential" if line in ORDERS else line, **options[line]),
+            make_scheduler(algorithm, **options),
             num_steps=PLANE_STEPS,
             step_size=StepSize(PLANE_SCALE * optima.problem.step_scale),
             seeds=seeds,

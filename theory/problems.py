@@ -13,6 +13,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -295,6 +296,11 @@ def _called(name: str, build: Callable[..., Any], parameters: dict[str, Any]) ->
         kind = type(problem).__name__
         raise ValueError(f"problem {name!r} returns a {kind}, not a theory.problems.Problem")
     return problem
+
+
+def short_name(problem: str) -> str:
+    """A problem's name in titles and file names: a feature file's stem, a function's own name."""
+    return Path(problem.rpartition(":")[2]).stem
 
 
 def bernoulli_kl(a: float, b: float) -> float:

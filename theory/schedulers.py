@@ -139,8 +139,9 @@ class Scheduler:
 
     @property
     def forgets_values(self) -> bool:
-        """True if a decision depends on losses only through the probe made for it."""
-        return True
+        """True if a decision depends on losses only through the probe made for it, and a larger
+        loss never turns it away from its objective: bounds on the losses can then decide alike."""
+        return False
 
     @property
     def runs(self) -> tuple[int, ...]:
@@ -175,7 +176,7 @@ class Scheduler:
 
     def observe(self, state: ScheduleState, losses: Array | None = None) -> ScheduleState:
         """Close the step. `losses` (..., 2): values of the stepped objectives, NaN elsewhere."""
-        return state._replace(step=state.step + 1)
+        return ScheduleState(state.step + 1, state.values, state.memory)
 
     def stage_start(self, step: int) -> int | NDArray[np.int64]:
         """First step of the stage that `step` belongs to.
@@ -432,7 +433,7 @@ class Maxright(Scheduler):
         values = state.values
         if values is not None and losses is not None:
             values = self._blend(values, np.where(np.isnan(losses), values, losses))
-        return state._replace(step=state.step + 1, values=values)
+        return ScheduleState(state.step + 1, values, state.memory)
 
     def _blend(self, old: Array | None, new: Array) -> Array:
         if old is None or self.value_ema == 1.0:

@@ -104,9 +104,9 @@ def simulate(
     record = log_spaced_steps(num_steps) if record_steps is None else np.asarray(record_steps)
     if record.size == 0 or record[0] < 1 or record[-1] > num_steps or np.any(np.diff(record) < 1):
         raise ValueError(f"record_steps must increase strictly within 1..{num_steps}")
-    if values == "lazy" and (not scheduler.forgets_values or scheduler.reads_gram):
+    if values == "lazy" and not scheduler.forgets_values:
         raise ValueError(
-            "values='lazy' is for schedulers that probe losses, and them at every step: use 'exact'"
+            "values='lazy' is for schedulers that compare probed losses and forget them: use 'exact'"
         )
     loop = Loop(problem, scheduler, step_size, tuple(int(s) for s in seeds), batch_size, rule)
     source = SOURCES[values]()

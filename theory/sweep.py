@@ -158,7 +158,7 @@ class Batch:
 
 def _cheapest_values(scheduler: Scheduler) -> str:
     """The source that decides as exact values do."""
-    return "lazy" if scheduler.forgets_values and not scheduler.reads_gram else "exact"
+    return "lazy" if scheduler.forgets_values else "exact"
 
 
 @cache

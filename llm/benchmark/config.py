@@ -61,9 +61,7 @@ def parse(argv: Sequence[str] | None) -> BenchmarkConfig:
         sources=Sources(given.sft_dataset, given.dpo_dataset, given.tokenizer),
         peak_tflops=given.peak_tflops,
         time_limit=limit,
-        out=Path(
-            given.out or (f"figures/data/gpu/{name}{some}" if cuda else "figures/llm_benchmark")
-        ),
+        out=Path(given.out or (f"runs/gpu/{name}{some}" if cuda else "runs/llm_benchmark")),
     )
 
 
@@ -101,6 +99,6 @@ def _parser() -> OneLineParser:
     )
     add(
         "--out",
-        help="directory (default: figures/llm_benchmark; CUDA: figures/data/gpu/SHAPE-SUITES)",
+        help="directory (default: runs/llm_benchmark; CUDA: runs/gpu/SHAPE-SUITES)",
     )
     return parser

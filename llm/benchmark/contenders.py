@@ -79,7 +79,7 @@ def scheduler_of(job: Job) -> Scheduler:
     if name in ("sft", "dpo"):
         return Single(Task[name.upper()])
     if name == "sequential":
-        return Sequential(job.total_steps // 2)
+        return Sequential(job.total_steps // 2, "dpo_then_sft")
     if name == "mix":
         return Mix(LAM)
     if name == "maxright":

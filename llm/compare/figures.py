@@ -12,7 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from theory.plotting.style import COLOURS, LABELS, MARKERS, STYLE, middle
+from theory.metrics import middle
+from theory.plotting.style import COLOURS, LABELS, MARKERS, STYLE
 from theory.schedulers import ORDERS
 
 Numbers = list[dict[str, Any]]

@@ -16,7 +16,7 @@ from llm.flags.arguments import RunConfig
 from llm.flags.parse import named_flags
 from llm.flags.parse import parse as parse_run
 from theory.cli import OneLineParser, UserError, positive_float, positive_int, unit_float
-from theory.command import algorithm_name
+from theory.compared import algorithm_name
 from theory.registry import flags_of, resolve
 from theory.schedulers import ORDERS
 from theory.tasks import Task
@@ -179,7 +179,7 @@ def _parser() -> OneLineParser:
     add("--budgets", nargs="+", choices=BUDGETS, default=list(BUDGETS), help="equal in what")
     add("--jobs", type=positive_int, help="processes; default: one per CUDA device, else per core")
     add("--keep_models", type=_boolean, default=False, help="save the model of every run")
-    add("--out", default="figures/compare", help="directory for the results")
+    add("--out", default="runs/compare", help="directory for the results")
     return parser
 
 

@@ -1,7 +1,7 @@
 """One self-contained HTML page for a run of `llm.run` or a comparison of `llm.compare`.
 
     python -m llm.report runs/maxright                   # writes runs/maxright/report.html
-    python -m llm.report figures/compare --out report.html
+    python -m llm.report runs/compare --out report.html
 
 Objectives over the steps, gaps, decisions, dropped rows, gradients, time and cost, settings; of a
 comparison its table and figures, the tuning and the failures; the verdicts of `llm.validate`, if

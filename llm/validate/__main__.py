@@ -1,7 +1,7 @@
 """Hold a comparison of language models against theory: P1 to P6, T7, T8 and two hypotheses.
 
-    python -m llm.validate                                    # reads figures/compare
-    python -m llm.validate --run --comparison runs/compare --model_name_or_path MODEL ...
+    python -m llm.validate                                    # reads runs/compare
+    python -m llm.validate --run --comparison runs/mine --model_name_or_path MODEL ...
 
 Reads what `llm.compare` wrote (with --run, runs it first; all other flags are then its flags) and
 applies `theory.predictions`. A prediction that fails is reported as failed, with what it is not

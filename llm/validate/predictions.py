@@ -20,8 +20,8 @@ from theory.predictions.end_points import (
     common_seeds,
     end_points,
     families,
+    fit_log_line,
 )
-from theory.predictions.equalisation import fit_log_line
 from theory.predictions.verdicts import Estimate
 from theory.schedulers import objective_weights
 from theory.tasks import Task

@@ -70,9 +70,9 @@ def _parser() -> OneLineParser:
         description="Hold a comparison of language models against theory.",
     )
     add = parser.add_argument
-    add("--comparison", default="figures/compare", help="directory of llm.compare's results")
+    add("--comparison", default="runs/compare", help="directory of llm.compare's results")
     add("--run", action="store_true", help="run that comparison first; takes its flags")
-    add("--out", default="figures/validate", help="directory for the results")
+    add("--out", default="runs/validate", help="directory for the results")
     add(
         "--studies",
         nargs="+",

@@ -19,8 +19,7 @@ import torch
 from llm.compare.runs import Run
 from llm.validate.bench import Bench
 from llm.validate.quantities import Quantity, above, measured, missing
-from theory.metrics import mix_value
-from theory.rates import fit_slope
+from theory.metrics import fit_slope, mix_value
 
 SOURCE = "switches (T7)"
 LAM = 0.5

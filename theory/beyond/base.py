@@ -1,35 +1,24 @@
-"""What an experiment is: a frozen configuration that knows its runs, its numbers and its figure."""
+"""What the experiments beyond the paper share: a summary from which table and figure follow."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
 
-from theory.sweep import Batch
+from theory import command
+from theory.command import Findings
 
 Numbers = list[dict[str, Any]]
 """What a figure draws, for its JSON sidecar."""
 
 
 @dataclass(frozen=True)
-class Experiment(ABC):
-    """The fields of a subclass are everything that determines its results."""
-
-    name: ClassVar[str]
-    num_steps: int
-    num_seeds: int
-
-    @property
-    def seeds(self) -> tuple[int, ...]:
-        return tuple(range(self.num_seeds))
-
-    @abstractmethod
-    def batches(self) -> list[Batch]:
-        """The work, the dear parts first. Raises ValueError for a configuration without sense."""
+class Experiment(command.Experiment):
+    """One figure, named like the experiment."""
 
     @abstractmethod
     def summary(self, results: pd.DataFrame) -> dict[str, Any]:
@@ -42,6 +31,11 @@ class Experiment(ABC):
     @abstractmethod
     def figure(self, summary: dict[str, Any]) -> tuple[Figure, Numbers]:
         """The summary as a figure, and the numbers drawn."""
+
+    def findings(self, results: pd.DataFrame) -> Findings:
+        summary = self.summary(results)
+        figure, numbers = self.figure(summary)
+        return Findings(summary, self.report(summary), [(self.name, figure, {"numbers": numbers})])
 
 
 def final(results: pd.DataFrame, iterate: str) -> pd.DataFrame:

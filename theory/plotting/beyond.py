@@ -20,17 +20,19 @@ from theory.plotting.style import (
     GAP_NAMES,
     LABELS,
     MARKERS,
+    OTHER_ALGORITHMS,
     OTHER_COLOURS,
     STYLE,
-    short_name,
+    Look,
+    looks,
 )
+from theory.problems import short_name
 
 STYLED = mpl.rc_context(STYLE)
 """Decorates a figure: its style holds while it is drawn, and nowhere else."""
 Numbers = list[dict[str, Any]]
 Summary = dict[str, Any]
 
-BEYOND_COLOURS = {"alternate": OTHER_COLOURS["indigo"], "importance": OTHER_COLOURS["wine"]}
 GREY = "0.45"
 RULE_STYLES = {
     "none": (OTHER_COLOURS["black"], "o", "SGD"),
@@ -57,7 +59,7 @@ def switches_figure(summary: Summary) -> tuple[Figure, Numbers]:
         switches = np.array(data["switches"])
         numbers += _law(axis, switches, data["bound"], "bound T7", problem, ls="-.")
         numbers += _law(axis, switches, data["drift"], "drift, no noise", problem, ls="--")
-        curve = (BEYOND_COLOURS["alternate"], "o")
+        curve = OTHER_ALGORITHMS["alternate"][:2]
         numbers += _curve(axis, switches, data["last"], *curve, "alternation, last", problem)
         mean = "alternation, average"
         numbers += _curve(axis, switches, data["weighted"], curve[0], "", mean, problem, ls=":")
@@ -80,11 +82,7 @@ def equal_compute_figure(summary: Summary) -> tuple[Figure, Numbers]:
     """The gap against compute in each case, and the ratio to Mix measured and predicted."""
     numbers: Numbers = []
     figure, axes = _panels(len(summary) + 1, height=4.2, rows=2)
-    styles = {
-        "mix": (COLOURS["mix"], MARKERS["mix"], LABELS["mix"]),
-        "alright": (COLOURS["alright"], MARKERS["alright"], LABELS["alright"]),
-        "importance": (BEYOND_COLOURS["importance"], "D", "importance-sampled"),
-    }
+    styles = looks(("mix", "alright", "importance"))
     for axis, tag, (label, data) in zip(axes[:-1], ascii_lowercase, summary.items(), strict=False):
         for method, style in styles.items():
             own = data[method]
@@ -102,7 +100,7 @@ def equal_compute_figure(summary: Summary) -> tuple[Figure, Numbers]:
     return figure, numbers
 
 
-def _draw_ratios(axis: Axes, summary: Summary, styles: dict[str, tuple[str, str, str]]) -> Numbers:
+def _draw_ratios(axis: Axes, summary: Summary, styles: dict[str, Look]) -> Numbers:
     numbers: Numbers = []
     labels = list(summary)
     for method, offset in (("alright", -0.16), ("importance", 0.16)):
@@ -134,8 +132,7 @@ def clipping_figure(summary: Summary, lam: float) -> tuple[Figure, Numbers]:
         axis, along = axes[column], data["along_norms"]
         norms = np.array(along["max_norm"])
         for key in ("alright", "mix"):
-            style = (COLOURS[key], MARKERS[key], LABELS[key])
-            numbers += _curve(axis, norms, along[key], *style, problem)
+            numbers += _curve(axis, norms, along[key], *looks([key])[key], problem)
         numbers += _law(axis, norms, along["predicted"], "predicted", problem, ls="--")
         axis.axhline(lam, color=GREY, lw=0.8, ls=":")
         axis.set(xscale="log", title=problem, xlabel="clipping norm", ylim=(0.0, None))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple, cast
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
 
 import matplotlib as mpl
 import numpy as np
@@ -12,23 +12,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 
-from theory.plotting.style import COLOURS, GAP_NAMES, LABELS, MARKERS, STYLE, middle, short_name
-
-__all__ = ["convergence_figure", "middle", "slopes_figure"]
+from theory.plotting.style import COLOURS, GAP_NAMES, MARKERS, STYLE, Look, label, looks
+from theory.problems import short_name
 
 Numbers = list[dict[str, Any]]
 
 
-class Look(NamedTuple):
-    colour: str
-    marker: str
-    label: str
-
-
-MIX_LINES = {
-    name: Look(COLOURS[name], MARKERS[name], LABELS[name])
-    for name in ("dpo_then_sft", "sft_then_dpo", "mix", "alright")
-}
 MAX_LINES = {
     # Staleness darkens MAXRIGHT's colour; noisy values have colours of their own.
     "exact": Look(COLOURS["maxright"], MARKERS["maxright"], "exact"),
@@ -39,7 +28,8 @@ MAX_LINES = {
     "fresh": Look("#222222", "o", "fresh batch"),
     "fresh EMA": Look("#8C8C8C", "^", "fresh, averaged"),
 }
-LINES = {"mix_gap": MIX_LINES, "max_gap": MAX_LINES}
+UNSCALED = " unscaled"
+"""Ends the names of MAXRIGHT's methods whose steps are not scaled by w_i: in the slopes only."""
 BOUNDED = {"mix_gap": ("alright", "bound of ALRIGHT"), "max_gap": ("exact", "bound of MAXRIGHT")}
 """The line whose bound is drawn."""
 
@@ -58,30 +48,34 @@ def convergence_figure(
     Bands are 95% intervals over seeds; dashed lines are bounds, dotted ones sequential limits.
     """
     rows = groups[(groups["iterate"] == "weighted") & (groups["lam"] == lam)]
-    problems, numbers = list(limits), []
+    problems, numbers, shown = list(limits), [], lines(rows["variant"])
     with mpl.rc_context(STYLE):
         width = max(3.4, 1.0 + 1.75 * len(problems))
-        figure = Figure(figsize=(width, 4.9), layout="constrained")
-        halves = cast("list[SubFigure]", list(figure.subfigures(2, 1, squeeze=False)[:, 0]))
-        for half, metric in zip(halves, LINES, strict=True):
+        figure = Figure(figsize=(width, 2.45 * len(shown)), layout="constrained")
+        halves = cast(
+            "list[SubFigure]", list(figure.subfigures(len(shown), 1, squeeze=False)[:, 0])
+        )
+        for half, (metric, own) in zip(halves, shown.items(), strict=True):
             axes = half.subplots(1, len(problems), sharex=True, squeeze=False)[0]
             for axis, problem in zip(axes, problems, strict=True):
-                numbers += _draw_curves(axis, rows[rows["problem"] == problem], metric)
+                numbers += _draw_curves(axis, rows[rows["problem"] == problem], metric, own)
                 bounded = BOUNDED[metric][0]
-                curve = bounds[problem, lam, bounded, "weighted"]
-                axis.plot(curve, color=LINES[metric][bounded].colour, ls="--", lw=1.0)
-                numbers += [
-                    {"problem": problem, "metric": metric, "line": f"bound of {bounded}"}
-                    | {"step": int(step), "bound": value}
-                    for step, value in curve.items()
-                ]
-                if metric == "mix_gap":
+                if bounded in own:
+                    curve = bounds[problem, lam, bounded, "weighted"]
+                    axis.plot(curve, color=own[bounded].colour, ls="--", lw=1.0)
+                    numbers += [
+                        {"problem": problem, "metric": metric, "line": f"bound of {bounded}"}
+                        | {"step": int(step), "bound": value}
+                        for step, value in curve.items()
+                    ]
+                if metric == next(iter(shown)):
                     axis.set_title(short_name(problem))
+                if metric == "mix_gap":
                     for order, limit in limits[problem][f"{lam:g}"].items():
                         axis.axhline(limit["mix_gap"], color=COLOURS[order], lw=0.8, ls=":")
             axes[0].set_ylabel(GAP_NAMES[metric])
             half.legend(
-                handles=_legend(metric),
+                handles=_legend(metric, own),
                 loc="outside upper center",
                 ncols=4 if len(problems) > 2 else 2,
                 columnspacing=1.2,
@@ -96,19 +90,30 @@ def convergence_figure(
     return figure, numbers
 
 
-def _legend(metric: str) -> list[Line2D]:
+def lines(variants: Iterable[str]) -> dict[str, dict[str, Look]]:
+    """What is drawn of the methods named, by metric: MAXRIGHT's for G_Max, the others for G_Mix."""
+    names = [name for name in dict.fromkeys(variants) if not name.endswith(UNSCALED)]
+    shown = {
+        "mix_gap": looks(name for name in names if name not in MAX_LINES),
+        "max_gap": {name: look for name, look in MAX_LINES.items() if name in names},
+    }
+    return {metric: own for metric, own in shown.items() if own}
+
+
+def _legend(metric: str, own: Mapping[str, Look]) -> list[Line2D]:
     handles = [
         Line2D([], [], color=look.colour, marker=look.marker, label=look.label)
-        for look in LINES[metric].values()
+        for look in own.values()
     ]
-    name, label = BOUNDED[metric]
-    colour = LINES[metric][name].colour
-    return [*handles, Line2D([], [], color=colour, ls="--", lw=1.0, label=label)]
+    name, text = BOUNDED[metric]
+    if name in own:
+        handles.append(Line2D([], [], color=own[name].colour, ls="--", lw=1.0, label=text))
+    return handles
 
 
-def _draw_curves(axis: Axes, table: pd.DataFrame, metric: str) -> Numbers:
+def _draw_curves(axis: Axes, table: pd.DataFrame, metric: str, own: Mapping[str, Look]) -> Numbers:
     numbers = []
-    for name, look in LINES[metric].items():
+    for name, look in own.items():
         rows = table[table["variant"] == name].sort_values("step")
         steps = rows["step"].to_numpy()
         mean, low, high = np.array([list(interval) for interval in rows[metric]]).T
@@ -166,9 +171,9 @@ def _draw_slope(axis: Axes, row: int, rate: dict[str, Any]) -> None:
 
 
 def _method_label(name: str) -> str:
-    base = name.removesuffix(" unscaled")
-    if base in MIX_LINES:
-        return MIX_LINES[base].label
+    base = name.removesuffix(UNSCALED)
+    if base not in MAX_LINES:
+        return label(name)
     return f"{'MAXRIGHT' if base == name else 'unscaled'}: {MAX_LINES[base].label}"
 
 

@@ -11,7 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from theory.plotting.style import COLOURS, GAP_NAMES, LABELS, MARKERS, STYLE, short_name
+from theory.compared import line_of
+from theory.plotting.style import COLOURS, GAP_NAMES, STYLE, Look, looks
+from theory.problems import short_name
+from theory.schedulers import ORDERS
 
 
 def gap_figure(
@@ -22,6 +25,8 @@ def gap_figure(
     `best_split` of a number is the mean at the best split of its T, the dashed line.
     """
     rows = groups[(groups["iterate"] == "weighted") & (groups["lam"] == lam)]
+    rows = rows.assign(line=line_of(rows))
+    lines = looks(rows["line"])
     problems = list(references)
     numbers: list[dict[str, Any]] = []
     with mpl.rc_context(STYLE):
@@ -32,7 +37,7 @@ def gap_figure(
             table = rows[rows["problem"] == problem]
             limits = references[problem]["lam"][f"{lam:g}"]["sequential_limit"]
             for axis, metric in zip(axes[:, column], GAP_NAMES, strict=True):
-                numbers += _draw_panel(axis, table, metric, even_split)
+                numbers += _draw_panel(axis, table, metric, lines, even_split)
             for order, limit in limits.items():
                 axes[0, column].axhline(limit["mix_gap"], color=COLOURS[order], lw=0.8, ls=":")
             axes[0, column].set_title(short_name(problem))
@@ -48,26 +53,27 @@ def gap_figure(
         )
         handles, _ = axes[0, 0].get_legend_handles_labels()
         for style, label in (("--", "best split, in hindsight"), (":", "limit of sequential")):
-            handles.append(Line2D([], [], color="0.4", lw=0.9, ls=style, label=label))
+            if style == ":" or lines.keys() & ORDERS.keys():
+                handles.append(Line2D([], [], color="0.4", lw=0.9, ls=style, label=label))
         ncols = min(4, len(problems) + 1)  # as many as the figure is wide enough for
         figure.legend(handles=handles, loc="outside upper center", ncols=ncols, columnspacing=1.2)
     return figure, numbers
 
 
 def _draw_panel(
-    axis: Axes, table: pd.DataFrame, metric: str, even_split: float
+    axis: Axes, table: pd.DataFrame, metric: str, lines: dict[str, Look], even_split: float
 ) -> list[dict[str, Any]]:
     numbers = []
-    for key, colour in COLOURS.items():
-        sequential = key.endswith(("then_sft", "then_dpo"))
+    for key, (colour, marker, label) in lines.items():
+        sequential = key in ORDERS
         tuned: dict[int, float] = {}
-        rows = table[table["variant"].str.startswith(key) if sequential else table.algorithm == key]
+        rows = table[table["line"] == key]
         if sequential:
             tuned = _draw_tuned(axis, rows, metric, colour)
             rows = rows[rows["split"] == even_split]
         rows = rows.sort_values("step")
         mean, low, high = np.array([list(interval) for interval in rows[metric]]).T
-        axis.plot(rows["step"], mean, color=colour, marker=MARKERS[key], label=LABELS[key])
+        axis.plot(rows["step"], mean, color=colour, marker=marker, label=label)
         # An interval that reaches below 0 has no place on a log axis: cut it a decade down.
         axis.fill_between(
             rows["step"], np.maximum(low, mean / 10), high, color=colour, alpha=0.2, lw=0

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from theory.metrics import mix_value
 from theory.optima import ProblemOptima
-from theory.plotting.style import COLOURS, LABELS, MARKERS, STYLE, short_name
+from theory.plotting.style import STYLE, Look, looks
+from theory.problems import short_name
 from theory.schedulers import ORDERS
 from theory.theorems.pareto import Front
 
@@ -35,6 +36,7 @@ def front_figure(
 ) -> tuple[Figure, Numbers]:
     """Mean end points (weighted average) of every line over its knob, one panel per problem."""
     numbers: Numbers = []
+    shown = looks(record["line"] for record in lines)
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(max(3.4, 0.5 + 1.75 * len(fronts)), 2.6), layout="constrained")
         axes = figure.subplots(1, len(fronts), squeeze=False)[0]
@@ -43,12 +45,12 @@ def front_figure(
             for record in lines:
                 if (record["problem"], record["iterate"]) == (problem, "weighted"):
                     numbers.append({key: record[key] for key in ("problem", "line", "points")})
-                    _draw_end_points(axis, record)
+                    _draw_end_points(axis, record, shown[record["line"]])
             axis.set_title(short_name(problem))
             axis.set_xlabel(r"$f_{\mathrm{DPO}}$")
         axes[0].set_ylabel(r"$f_{\mathrm{SFT}}$")
         ncols = 4 if len(fronts) > 2 else 2
-        handles = [*_line_handles(COLOURS), *_front_handles()]
+        handles = [*_line_handles(shown, ends=True), *_front_handles()]
         figure.legend(handles=handles, loc="outside upper center", ncols=ncols)
     return figure, numbers
 
@@ -61,8 +63,7 @@ def _draw_front(axis: Axes, front: Front, problem: str) -> Numbers:
     return [{"problem": problem, "line": "front", **curve, "ideal": front.ideal.tolist()}]
 
 
-def _draw_end_points(axis: Axes, record: dict[str, Any]) -> None:
-    name = record["line"]
+def _draw_end_points(axis: Axes, record: dict[str, Any], look: Look) -> None:
     x, y = (
         np.array([list(point[loss].values()) for point in record["points"]])
         for loss in ("f_dpo", "f_sft")
@@ -70,21 +71,26 @@ def _draw_end_points(axis: Axes, record: dict[str, Any]) -> None:
     errors = [np.abs(z[:, 1:] - z[:, :1]).T for z in (x, y)]
     if np.all(np.isfinite(errors)):
         bars = {"xerr": errors[0], "yerr": errors[1], "elinewidth": 0.7}
-        axis.errorbar(x[:, 0], y[:, 0], **bars, color=COLOURS[name], fmt="none", zorder=2)
-    fill = COLOURS[name] if name in ORDERS else "white"
+        axis.errorbar(x[:, 0], y[:, 0], **bars, color=look.colour, fmt="none", zorder=2)
+    fill = _fill(record["line"], look)
     axis.plot(
-        x[:, 0], y[:, 0], color=COLOURS[name], marker=MARKERS[name], ls="", ms=4, mfc=fill, zorder=3
+        x[:, 0], y[:, 0], color=look.colour, marker=look.marker, ls="", ms=4, mfc=fill, zorder=3
     )
 
 
-def _line_handles(names: Any) -> list[Line2D]:
+def _fill(name: str, look: Look) -> str:
+    return look.colour if name in ORDERS else "white"
+
+
+def _line_handles(shown: Mapping[str, Look], *, ends: bool = False) -> list[Line2D]:
+    """Legend entries: of lines with a marker, or of end points alone."""
+    style: dict[str, dict[str, Any]] = {
+        name: {"ls": "", "mfc": _fill(name, look)} if ends else {} for name, look in shown.items()
+    }
     return [
-        Line2D(
-            [], [], color=COLOURS[name], marker=MARKERS[name], ls="", ms=4, label=LABELS[name],
-            mfc=COLOURS[name] if name in ORDERS else "white",
-        )
-        for name in names
-    ]  # fmt: skip
+        Line2D([], [], color=look.colour, marker=look.marker, ms=4, label=look.label, **style[name])
+        for name, look in shown.items()
+    ]
 
 
 def _front_handles() -> list[Line2D]:
@@ -117,38 +123,38 @@ def overview_figure(
         for record in lines
         if record["iterate"] == "last"
     }
-    problem = lines[0]["problem"]
+    problem, shown = lines[0]["problem"], looks(points)
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 2.7), layout="constrained")
         left, middle, right = figure.subplots(1, 3, width_ratios=(1.25, 1.25, 1.0))
         numbers = _draw_front(left, front, problem)
         for name, path in paths.items():
-            left.plot(path["f_dpo"], path["f_sft"], color=COLOURS[name], lw=1.1, zorder=2)
+            colour, marker, _ = shown[name]
+            left.plot(path["f_dpo"], path["f_sft"], color=colour, lw=1.1, zorder=2)
             end = path.iloc[-1]
-            left.plot(end["f_dpo"], end["f_sft"], color=COLOURS[name], marker=MARKERS[name], ms=5)
+            left.plot(end["f_dpo"], end["f_sft"], color=colour, marker=marker, ms=5)
             steps = path.reset_index().to_dict(orient="list")
             numbers.append({"problem": problem, "panel": "paths", "line": name, **steps})
         left.set(xlabel=r"$f_{\mathrm{DPO}}$", ylabel=r"$f_{\mathrm{SFT}}$")
         left.set_title(f"(a) paths, {short_name(problem)}")
-        _draw_gaps(middle, points, least_distance)
-        _draw_costs(right, points)
-        handles = [
-            Line2D([], [], color=COLOURS[name], marker=MARKERS[name], ms=4, label=LABELS[name])
-            for name in paths
-        ]
-        figure.legend(handles=[*handles, *_front_handles()], loc="outside upper center", ncols=7,
+        _draw_gaps(middle, points, shown, least_distance)
+        _draw_costs(right, points, shown)
+        handles = [*_line_handles(shown), *_front_handles()]
+        figure.legend(handles=handles, loc="outside upper center", ncols=7,
                       columnspacing=0.9, handlelength=1.4)  # fmt: skip
     numbers += [{"problem": problem, "line": name, **point} for name, point in points.items()]
     return figure, numbers
 
 
-def _draw_gaps(axis: Axes, points: Mapping[str, Any], least_distance: float) -> None:
+def _draw_gaps(
+    axis: Axes, points: Mapping[str, Any], shown: Mapping[str, Look], least_distance: float
+) -> None:
     width = 0.8 / len(points)
     for column, gap in enumerate(GAPS):
         for i, (name, point) in enumerate(points.items()):
             mean, low, high = point[gap].values()
             place = column + (i - (len(points) - 1) / 2) * width
-            axis.bar(place, mean, width, color=COLOURS[name])
+            axis.bar(place, mean, width, color=shown[name].colour)
             if np.isfinite(high):
                 axis.plot([place, place], [low, high], color="black", lw=0.8)
     end = len(GAPS) - 1
@@ -160,12 +166,13 @@ def _draw_gaps(axis: Axes, points: Mapping[str, Any], least_distance: float) -> 
     axis.set_title("(b) gaps after training")
 
 
-def _draw_costs(axis: Axes, points: Mapping[str, Any]) -> None:
+def _draw_costs(axis: Axes, points: Mapping[str, Any], shown: Mapping[str, Look]) -> None:
     for i, (name, point) in enumerate(points.items()):
         bottom = 0.0
         for part, hatch in HATCHES.items():
             height = point["cost"][part]
-            axis.bar(i, height, 0.7, bottom=bottom, color=COLOURS[name], hatch=hatch, ec="white")
+            colour = shown[name].colour
+            axis.bar(i, height, 0.7, bottom=bottom, color=colour, hatch=hatch, ec="white")
             bottom += height
         total = point["cost"]["cost_per_step"]
         axis.text(i, bottom + 0.04, f"{total:.3g}", ha="center", va="bottom", fontsize=7)
@@ -175,8 +182,8 @@ def _draw_costs(axis: Axes, points: Mapping[str, Any]) -> None:
     ]
     axis.legend(handles=handles, loc="upper left", fontsize=7, ncols=1)
     axis.set_ylim(0, 3.6)
-    axis.set_xticks(range(len(points)), [LABELS[name] for name in points], rotation=35, ha="right",
-                    rotation_mode="anchor", fontsize=7)  # fmt: skip
+    axis.set_xticks(range(len(points)), [shown[name].label for name in points], rotation=35,
+                    ha="right", rotation_mode="anchor", fontsize=7)  # fmt: skip
     axis.set_ylabel("evaluations per step")
     axis.set_title("(c) cost per step")
 
@@ -210,22 +217,21 @@ def plane_views_figure(
         figure = Figure(figsize=(6.6, 3.5), layout="constrained")
         axes = figure.subplots(1, 2, sharex=True, sharey=True)
         one_run = next(iter(views.values()))
+        shown = looks(one_run)
         everything = np.concatenate([*one_run.values(), front.theta])
         low, high = everything.min(axis=0) - 0.25, everything.max(axis=0) + 0.25
         for axis, (title, view) in zip(axes, views.items(), strict=True):
             _draw_contours(axis, optima, lam, low, high)
             axis.plot(*front.theta.T, color="0.35", lw=1.2)
             for name, path in view.items():
-                axis.plot(*path.T, color=COLOURS[name], lw=1.0)
-                axis.plot(*path[-1], color=COLOURS[name], marker=MARKERS[name], ms=5, mec="white")
+                colour, marker, _ = shown[name]
+                axis.plot(*path.T, color=colour, lw=1.0)
+                axis.plot(*path[-1], color=colour, marker=marker, ms=5, mec="white")
             _mark_minimisers(axis, optima, lam)
             axis.set_title(title)
             axis.set_xlabel(r"$\theta_1$")
         axes[0].set_ylabel(r"$\theta_2$")
-        handles = [
-            Line2D([], [], color=COLOURS[name], marker=MARKERS[name], ms=4, label=LABELS[name])
-            for name in one_run
-        ]
+        handles = _line_handles(shown)
         handles.append(Line2D([], [], color="0.35", lw=1.2, label=r"minimisers over $\lambda$"))
         figure.legend(handles=handles, loc="outside upper center", ncols=6, columnspacing=0.9,
                       handlelength=1.4)  # fmt: skip

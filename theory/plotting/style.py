@@ -6,9 +6,18 @@ same colour, marker and label in every figure, and what is no algorithm of the p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable
+from itertools import cycle
+from typing import Any, NamedTuple
+
+
+class Look(NamedTuple):
+    """How a line is drawn."""
+
+    colour: str
+    marker: str
+    label: str
+
 
 COLOURS = {
     "dpo_then_sft": "#D55E00",
@@ -34,6 +43,11 @@ LABELS = {
     "alright": "ALRIGHT",
     "maxright": "MAXRIGHT",
 }
+OTHER_ALGORITHMS = {
+    "alternate": Look(OTHER_COLOURS["indigo"], "o", "alternation"),
+    "importance": Look(OTHER_COLOURS["wine"], "D", "importance-sampled"),
+}
+SPARE_MARKERS = ("P", "X", "*", "h", "<", ">", "p")
 GAP_NAMES = {"mix_gap": r"$G_{\mathrm{Mix}}$", "max_gap": r"$G_{\mathrm{Max}}$"}
 STYLE: dict[Any, Any] = {
     "font.size": 8,
@@ -46,11 +60,20 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def short_name(problem: str) -> str:
-    """A problem's name in titles and file names: a feature file's stem, a function's own name."""
-    return Path(problem.rpartition(":")[2]).stem
+def label(name: str) -> str:
+    """Of an algorithm or an order; a class that is named by its module goes by its own name."""
+    return LABELS.get(name) or name.rpartition(":")[2]
 
 
-def middle(lams: Sequence[float]) -> float:
-    """The lam closest to 1/2: the one that a single figure shows."""
-    return min(lams, key=lambda lam: abs(lam - 0.5))
+def looks(names: Iterable[str]) -> dict[str, Look]:
+    """How each line is drawn: the paper's in the order of `COLOURS`, then the others by name.
+
+    Names that the house does not know get the next spare colour and marker: the same set of names
+    always looks the same.
+    """
+    known = {name: Look(COLOURS[name], MARKERS[name], LABELS[name]) for name in COLOURS}
+    known |= OTHER_ALGORITHMS
+    names = set(names)
+    spare = zip(cycle(OTHER_COLOURS.values()), cycle(SPARE_MARKERS), strict=False)
+    fresh = {name: Look(*next(spare), label(name)) for name in sorted(names - known.keys())}
+    return {name: look for name, look in (known | fresh).items() if name in names}

@@ -5,7 +5,7 @@
 
 The command tests the six predictions on convex simulations and on the published numbers of
 arXiv 2410.15483 and writes config.json, results.parquet, summary.json and the figure of the
-verdicts to figures/predictions/.
+verdicts to runs/predictions/.
 """
 
 from theory.predictions.claims import PREDICTIONS, Prediction, verdicts

@@ -28,12 +28,12 @@ from theory.predictions.end_points import (
     end_points,
     excess,
     families,
+    fit_log_line,
     held_out_excess,
     loss_metric,
     max_metric,
     mix_metric,
 )
-from theory.predictions.equalisation import fit_log_line
 from theory.predictions.verdicts import Claim, Claims, Estimate, Verdict, judge, within
 from theory.registry import flags_of, typical_scheduler
 from theory.schedulers import ORDERS

@@ -1,4 +1,4 @@
-"""End points of runs, and how two of them are compared over seeds.
+"""End points of runs, how two of them are compared over seeds, and the fit of equalisation.
 
 A table of runs has one row per run: algorithm, lam, seed, f_dpo, f_sft, and optionally order, split
 and variant (which tell runs of one algorithm apart), f_dpo_error and f_sft_error (half-widths of
@@ -16,11 +16,13 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from scipy.special import logit
 
 from theory import metrics
 from theory.predictions.verdicts import Estimate
 from theory.registry import scheduler_options
 from theory.schedulers import objective_weights
+from theory.tasks import Task
 
 Array = NDArray[np.float64]
 
@@ -230,3 +232,32 @@ def held_out_excess(own: EndPoint, rivals: Sequence[EndPoint], metric: Metric) -
     chosen = others.argmin(axis=1)
     bound = max(_bound(own, rivals[i], metric) for i in chosen)
     return Estimate.from_seeds(theirs[np.arange(len(seeds)), chosen] - mine, bound)
+
+
+class LogLine(NamedTuple):
+    """log(delta_DPO/delta_SFT) = intercept + slope logit(lam), least squares seed by seed."""
+
+    slope: Estimate
+    intercept: Estimate
+
+
+def fit_log_line(family: Sequence[EndPoint], optima: Optima) -> LogLine | None:
+    """The fit of P3 with its interval; None where a logarithm may be undefined.
+
+    Errors of f* and of rounding enter by what they can do to each logarithm at worst.
+    """
+    seeds = common_seeds(family)
+    gaps = np.stack([point.on(seeds).losses - optima.values for point in family], axis=1)
+    errors = np.stack([point.errors for point in family]) + optima.errors
+    if not len(seeds) or np.any(gaps <= errors):
+        return None
+    design = np.stack([np.ones(len(family)), logit([point.lam for point in family])], axis=1)
+    solve = np.linalg.pinv(design)
+    intercepts, slopes = solve @ np.log(gaps[..., Task.DPO] / gaps[..., Task.SFT]).T
+    # -log(1 - e/delta) is the larger of the two ways that an error e can move log(delta).
+    reach = np.abs(solve) @ -np.log1p(-errors / gaps.min(axis=0)).sum(axis=1)
+    fixed = all(point.rounded for point in family)
+    return LogLine(
+        Estimate.from_seeds(slopes, float(reach[1]), fixed),
+        Estimate.from_seeds(intercepts, float(reach[0]), fixed),
+    )
