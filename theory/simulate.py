@@ -136,6 +136,9 @@ def _no_answer() -> Array:
     raise _NeedsProbe
 
 
+NO_ANSWERS = Answers(_no_answer, _no_answer)
+
+
 class Loop:
     """The state of the running batch. `advance` iterates the algorithm."""
 
@@ -182,7 +185,7 @@ class Loop:
         if plain and not self.scheduler.reads_losses:
             for _ in range(min(stop - step, AHEAD, BLOCK - step % BLOCK)):
                 try:
-                    weights, state = self.scheduler.select(state, Answers(_no_answer, _no_answer))
+                    weights, state = self.scheduler.select(state, NO_ANSWERS)
                 except _NeedsProbe:
                     break
                 state = self.scheduler.observe(state)
