@@ -64,9 +64,10 @@ def finished(monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
     done: list[Batch] = []
     original = sweep._run
 
-    def counting(batch: Batch) -> tuple[Batch, pd.DataFrame]:
+    def counting(payload: bytes) -> tuple[Batch, pd.DataFrame]:
+        batch, table = original(payload)
         done.append(batch)
-        return original(batch)
+        return batch, table
 
     monkeypatch.setattr(sweep, "_run", counting)
     return done

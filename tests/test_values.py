@@ -283,6 +283,7 @@ def test_lazy_values_say_what_a_schedule_that_asks_for_gradients_must_declare() 
     @dataclass(frozen=True)
     class Silent(MinNorm):
         reads_gram = False
+        forgets_values = True
 
     with pytest.raises(ValueError, match="values='lazy' gives no gradients: Silent must set"):
         simulate(

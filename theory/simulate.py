@@ -106,7 +106,7 @@ def simulate(
         raise ValueError(f"record_steps must increase strictly within 1..{num_steps}")
     if values == "lazy" and not scheduler.forgets_values:
         raise ValueError(
-            "values='lazy' is for schedulers that compare probed losses and forget them: use 'exact'"
+            "values='lazy' is for schedulers that probe at every step and forget: use 'exact'"
         )
     loop = Loop(problem, scheduler, step_size, tuple(int(s) for s in seeds), batch_size, rule)
     source = SOURCES[values]()
