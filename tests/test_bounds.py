@@ -147,31 +147,20 @@ def ball_spread(optima: ProblemOptima) -> float:
 
 @ON_TWO
 @EITHER_STEP
-def test_fresh_values_cost_at_most_half_a_standard_deviation(
-    name: str, step_size: StepSize
-) -> None:
-    optima = optima_of(name)
-    theta = run(optima, maxright(optima), step_size, values="fresh").theta["weighted"][-1]
-    rate = bounds.weighted_average(descent(optima, "maxright_scaled", LAM, step_size, STEPS))
-    gaussian = name == "quadratic"
-    bias = bounds.fresh_bias(ball_spread(optima), gaussian)
+@pytest.mark.parametrize("values", ["fresh", "same"])
+def test_noisy_values_cost_at_most_their_bias(name: str, step_size: StepSize, values: str) -> None:
+    """T3: half a standard deviation, the largest on the ball; T4: the one at the minimiser."""
+    optima, gaussian = optima_of(name), name == "quadratic"
+    if values == "fresh":
+        method, bias = "maxright_scaled", bounds.fresh_bias(ball_spread(optima), gaussian)
+    else:
+        best, weights = optima.max(LAM).theta, objective_weights(LAM)
+        at_best = float(np.linalg.norm(weights) * 0.3 * abs(best[0]))
+        sigma = spread_at(optima.problem, LAM, best) if gaussian else at_best
+        method, bias = "maxright_same", bounds.same_batch_bias(sigma, gaussian)
+    theta = run(optima, maxright(optima), step_size, values=values).theta["weighted"][-1]
+    rate = bounds.weighted_average(descent(optima, method, LAM, step_size, STEPS))
     assert upper(optima, theta, "max_gap") <= rate + bias
-
-
-@ON_TWO
-@EITHER_STEP
-def test_the_minibatch_that_selects_and_steps_costs_the_spread_at_the_minimiser(
-    name: str, step_size: StepSize
-) -> None:
-    optima = optima_of(name)
-    theta = run(optima, maxright(optima), step_size, values="same").theta["weighted"][-1]
-    best, problem = optima.max(LAM).theta, optima.problem
-    gaussian = name == "quadratic"
-    weights = objective_weights(LAM)
-    at_best = np.linalg.norm(weights) * 0.3 * abs(best[0])
-    sigma = spread_at(problem, LAM, best) if gaussian else float(at_best)
-    rate = bounds.weighted_average(descent(optima, "maxright_same", LAM, step_size, STEPS))
-    assert upper(optima, theta, "max_gap") <= rate + bounds.same_batch_bias(sigma, gaussian)
 
 
 def test_the_bias_constants_are_the_worst_cases_over_the_difference() -> None:

@@ -61,38 +61,6 @@ def test_the_exit_of_a_parser_passes_through() -> None:
     assert exit_of(SystemExit(2)) == 2
 
 
-# --- the parser
-
-
-@pytest.mark.parametrize(
-    ("argv", "mentions"),
-    [
-        (["--count", "0"], ["--count", "0 is not a positive integer"]),
-        (["--count", "two"], ["--count", "two is not a positive integer"]),
-        (["--lam", "1.5"], ["--lam", "1.5 is not a number in [0, 1]"]),
-        (["--lam", "half"], ["--lam", "half is not a number in [0, 1]"]),
-        (["--count"], ["--count", "expected one argument"]),
-        (["--wrong"], ["--wrong"]),
-    ],
-)
-def test_an_argument_error_is_one_line_that_names_the_flag_and_what_is_right(
-    argv: list[str], mentions: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    parser = OneLineParser(prog="prog")
-    parser.add_argument("--count", type=positive_int)
-    parser.add_argument("--lam", type=unit_float)
-    with pytest.raises(SystemExit) as info:
-        parser.parse_args(argv)
-    assert info.value.code == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("prog: error: ")
-    assert err.endswith("(see --help)\n")
-    assert err.count("\n") == 1
-    for mention in mentions:
-        assert mention in err
-
-
 # --- values of flags
 
 
@@ -187,11 +155,3 @@ def test_the_help_shows_defaults_as_they_are_typed(
         "in short",
         "of 50% and more (default: 100%)",
     }
-
-
-def test_flags_are_not_guessed(capsys: pytest.CaptureFixture[str]) -> None:
-    parser = OneLineParser(prog="prog")
-    parser.add_argument("--steps")
-    with pytest.raises(SystemExit, match="2"):
-        parser.parse_args(["--step", "3"])
-    assert capsys.readouterr().err.count("\n") == 1

@@ -34,6 +34,7 @@ from theory.tasks import Task
 
 SMALL = shlex.split("--problem bernoulli quadratic --lam 0.25 0.5 --steps 300 --seeds 4 --jobs 1")
 TINY = shlex.split("--problem bernoulli --lam 0.5 --steps 20 --seeds 2 --jobs 1")
+CONFIG = GapConfig(("bernoulli", "quadratic"), (0.25, 0.5), num_steps=300, num_seeds=4)
 JOINT = joint(ALGORITHMS)
 GROUP = ["problem", "algorithm", "variant", "lam", "step", "iterate"]
 
@@ -42,7 +43,6 @@ class Run(NamedTuple):
     out: Path
     printed: str
     progress: str
-    config: GapConfig
     results: pd.DataFrame
     summary: dict[str, Any]
 
@@ -51,12 +51,10 @@ def run_main(argv: list[str], out: Path) -> Run:
     printed, progress = io.StringIO(), io.StringIO()
     with redirect_stdout(printed), redirect_stderr(progress):
         main([*argv, "--out", str(out)])
-    config = read_json(out / "config.json")
     return Run(
         out,
         printed.getvalue(),
         progress.getvalue(),
-        GapConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}),
         pd.read_parquet(out / "results.parquet"),
         read_json(out / "summary.json"),
     )
@@ -64,9 +62,7 @@ def run_main(argv: list[str], out: Path) -> Run:
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    run = run_main(SMALL, tmp_path_factory.mktemp("gap"))
-    assert run.config == GapConfig(("bernoulli", "quadratic"), (0.25, 0.5), 300, 4)
-    return run
+    return run_main(SMALL, tmp_path_factory.mktemp("gap"))
 
 
 # --- what a run leaves
@@ -75,7 +71,9 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Run:
 def test_there_is_one_row_per_problem_algorithm_variant_lam_seed_step_and_iterate(
     small: Run,
 ) -> None:
-    config, results = small.config, small.results
+    config, results = CONFIG, small.results
+    kept = {k: tuple(v) if isinstance(v, list) else v for k, v in small.summary["config"].items()}
+    assert GapConfig(**kept) == config
     keys = [*GROUP[:4], "seed", *GROUP[4:]]
     assert set(keys) | set(METRICS) | set(COUNTS) | {"split"} == set(results.columns)
     assert not results.duplicated(keys).any()
@@ -104,7 +102,7 @@ def test_there_is_one_row_per_problem_algorithm_variant_lam_seed_step_and_iterat
 def test_every_algorithm_is_recorded_from_10_to_the_last_step(small: Run) -> None:
     for _, rows in small.results.groupby(["problem", "algorithm", "lam"]):
         assert rows["step"].min() == 10
-        assert rows["step"].max() == small.config.num_steps
+        assert rows["step"].max() == CONFIG.num_steps
 
 
 def test_gradients_are_counted_as_each_algorithm_spends_them(small: Run) -> None:
@@ -162,7 +160,7 @@ def test_sequential_runs_do_not_depend_on_lam(small: Run) -> None:
     keys = ["problem", "variant", "seed", "step", "iterate"]
     first, second = (
         rows[rows["lam"] == lam].set_index(keys)[["f_dpo", "f_sft", "ideal_distance"]]
-        for lam in small.config.lams
+        for lam in CONFIG.lams
     )
     pd.testing.assert_frame_equal(first, second, check_exact=True)
 
@@ -170,17 +168,8 @@ def test_sequential_runs_do_not_depend_on_lam(small: Run) -> None:
 def test_each_split_and_order_gives_its_own_run(small: Run) -> None:
     rows = small.results.query("algorithm == 'sequential' and step == 300 and seed == 0")
     rows = rows.query("problem == 'quadratic' and lam == 0.5 and iterate == 'last'")
-    first_steps = {max(1, min(299, round(split * 300))) for split in small.config.splits}
+    first_steps = {max(1, min(299, round(split * 300))) for split in CONFIG.splits}
     assert rows["f_dpo"].nunique() == len(ORDERS) * len(first_steps)
-
-
-# --- reproduction
-
-
-def test_the_configuration_reproduces_the_results_bit_for_bit_in_parallel(small: Run) -> None:
-    with redirect_stderr(io.StringIO()):
-        again = run_experiment(small.config, jobs=2)
-    pd.testing.assert_frame_equal(again, small.results, check_exact=True)
 
 
 def test_results_do_not_depend_on_the_problems_lams_and_seeds_run_beside_them(small: Run) -> None:
@@ -195,12 +184,12 @@ def test_results_do_not_depend_on_the_problems_lams_and_seeds_run_beside_them(sm
 
 
 def test_the_summary_is_the_mean_and_interval_over_seeds_of_the_last_step(small: Run) -> None:
-    final = small.results[small.results["step"] == small.config.num_steps]
+    final = small.results[small.results["step"] == CONFIG.num_steps]
     groups = dict(iter(final.groupby([*GROUP[:4], "iterate"])))
     assert len(small.summary["final"]) == len(groups)
     for record in small.summary["final"]:
         rows = groups[tuple(record[key] for key in [*GROUP[:4], "iterate"])]
-        assert record["seeds"] == len(rows) == small.config.num_seeds
+        assert record["seeds"] == len(rows) == CONFIG.num_seeds
         for count in COUNTS:
             assert record[count] == rows[count].mean()
         for metric in METRICS:
@@ -213,12 +202,12 @@ def test_the_summary_is_the_mean_and_interval_over_seeds_of_the_last_step(small:
 
 def test_the_summary_holds_the_certified_optima_and_the_limits(small: Run) -> None:
     assert small.summary["config"] == read_json(small.out / "config.json")
-    assert set(small.summary["references"]) == set(small.config.problems)
+    assert set(small.summary["references"]) == set(CONFIG.problems)
     for name, values in small.summary["references"].items():
         optima = ProblemOptima(make_problem(name))
         assert values["f_dpo"]["value"] == optima.values[Task.DPO]
         assert values["f_sft"]["value"] == optima.values[Task.SFT]
-        for lam in small.config.lams:
+        for lam in CONFIG.lams:
             entry = values["lam"][f"{lam:g}"]
             assert entry["min_f_mix"]["value"] == optima.mix(lam).value
             assert entry["min_f_max"]["value"] == optima.max(lam).value
@@ -235,7 +224,7 @@ def test_the_printed_table_names_every_problem_lam_algorithm_and_limit(small: Ru
     assert "T = 300" in lines[0]
     assert "4 seeds" in lines[0]
     heads = [line for line in lines if "lam=0.25" in line and "lam=0.5" in line]
-    assert [head.split()[0] for head in heads] == list(small.config.problems)
+    assert [head.split()[0] for head in heads] == list(CONFIG.problems)
     for label in style.LABELS.values():
         assert sum(f"G_Mix {label} " in line for line in lines) == len(heads)
     for algorithm in JOINT:
@@ -278,7 +267,7 @@ def test_the_figures_numbers_are_the_results(small: Run) -> None:
 
 
 def test_a_progress_bar_counts_every_step(small: Run) -> None:
-    config = small.config
+    config = CONFIG
     steps = len(JOINT) * config.num_steps + len(ORDERS) * int(config.horizons.sum())
     last = small.progress.split("\r")[-1]
     assert "100%" in last
@@ -301,7 +290,7 @@ def test_the_extreme_weights_work(tmp_path: Path) -> None:
     assert run.results["mix_gap"].min() >= -1e-8
 
 
-def test_without_arguments_it_is_the_experiment_of_the_issue() -> None:
+def test_without_arguments_it_is_the_experiment_of_the_readme() -> None:
     config = GapConfig()
     assert config.problems == ("bernoulli", "quadratic", "toy2d", "softmax")
     assert config.lams == (0.1, 0.25, 0.5, 0.75, 0.9)

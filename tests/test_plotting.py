@@ -174,36 +174,19 @@ def test_the_numbers_returned_are_the_tables() -> None:
     assert len(keys) == len(numbers)
 
 
-def test_the_lines_drawn_are_the_numbers_returned() -> None:
+def test_the_lines_and_bands_drawn_are_the_numbers_returned() -> None:
     figure, numbers = draw()
     for (metric, problem), axes in panels(figure).items():
-        for name in LINES:
+        for name, band in zip(LINES, axes.collections, strict=True):
             line = line_of(axes, style.LABELS[name])
-            mine = [
-                n
-                for n in numbers
-                if (n["problem"], n["metric"], n["line"]) == (problem, metric, name)
-            ]
+            key = (problem, metric, name)
+            mine = [n for n in numbers if (n["problem"], n["metric"], n["line"]) == key]
             assert list(line.get_xdata()) == [n["step"] for n in mine] == list(STEPS)
             assert list(line.get_ydata()) == [n["mean"] for n in mine]
             assert line.get_color() == style.COLOURS[name]
             assert line.get_marker() == style.MARKERS[name]
-
-
-def test_a_band_spans_each_interval() -> None:
-    figure, numbers = draw()
-    for (metric, problem), axes in panels(figure).items():
-        assert len(axes.collections) == len(LINES)
-        for name, band in zip(style.COLOURS, axes.collections, strict=True):
             corners = {(int(x), float(y)) for x, y in band.get_paths()[0].vertices}
-            mine = [
-                n
-                for n in numbers
-                if (n["problem"], n["metric"], n["line"]) == (problem, metric, name)
-            ]
-            for number in mine:
-                assert (number["step"], number["low"]) in corners
-                assert (number["step"], number["high"]) in corners
+            assert {(n["step"], n[end]) for n in mine for end in ("low", "high")} <= corners
 
 
 def test_dashed_lines_follow_the_best_split_at_each_step() -> None:
