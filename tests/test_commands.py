@@ -250,11 +250,11 @@ UNKNOWN = ["--algo", "'newton'", *REGISTRY]
 OWN = {
     "gap_experiment --refresh_every 0": ["--refresh_every", "positive integer"],
     "gap_experiment --algo mix newton": UNKNOWN,
-    "gap_experiment --algo alternate": ["--algo", "'alternate'", "cycle"],
+    "gap_experiment --algo nowhere:Nobody": ["--algo", "cannot import nowhere"],
     "convergence_experiment --steps 500": ["500", "at least 10000"],
     "convergence_experiment --algo newton": UNKNOWN,
     "pareto_experiment --steps 50": ["at least 100"],
-    "pareto_experiment --algo importance": ["'importance'", "dpo_probability"],
+    "pareto_experiment --algo theory.tasks:Task": ["--algo", "no subclass"],
     "predictions --tolerance 2": ["--tolerance", "[0, 1]"],
     "predictions --algo mix": ["--algo"],
     "beyond_experiment --part everything": ["everything", "switches"],
