@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -19,8 +20,10 @@ from matplotlib.figure import Figure
 
 from theory.cli import OneLineParser, UserError, check_output_dir, positive_int, unit_float
 from theory.compared import algorithm_name
+from theory.foreign import is_foreign
 from theory.problems import PROBLEMS, make_problem, short_name
 from theory.records import save_figure, write_json, write_parquet
+from theory.registry import flags_of
 from theory.sweep import FINISHED, Batch, discard_parts, run_sweep
 
 
@@ -228,21 +231,26 @@ class SweepExperiment(Grid, Experiment):
         said = {name: getattr(self, name) for name in self.flags()}
         if said.get("algorithms") == getattr(type(self)(), "algorithms", None):
             said.pop("algorithms", None)
-        return command_line(self.name, {self.flags()[k]: v for k, v in said.items()}, out)
+        flags = {self.flags()[name]: value for name, value in said.items()}
+        return command_line(self.name, flags | dict(getattr(self, "options", ())), out)
 
 
 def sweep_main(kind: type[SweepExperiment], argv: list[str] | None) -> None:
     """The main of a command that is one experiment."""
-    arguments = parse_sweep(kind, argv)
-    experiment, out = configured(kind(), arguments, kind.flags()), Path(arguments.out)
+    arguments = parse_sweep(kind, sys.argv[1:] if argv is None else argv)
+    flags = kind.flags() | {"options": "options"}
+    experiment, out = configured(kind(), arguments, flags), Path(arguments.out)
     command = experiment.command(arguments.out)
     conduct({out: experiment}, out, command, arguments.jobs, kind.figure_files)
 
 
-def parse_sweep(kind: type[SweepExperiment], argv: list[str] | None) -> argparse.Namespace:
+def parse_sweep(kind: type[SweepExperiment], argv: list[str]) -> argparse.Namespace:
     """Parse and refuse; what is named twice counts once."""
     parser = _sweep_parser(kind)
+    foreign = _add_foreign_options(parser, argv) if "algorithms" in kind.own_flags else []
     arguments = parser.parse_args(argv)
+    given = {name: getattr(arguments, name) for name in foreign}
+    arguments.options = tuple((n, value) for n, value in given.items() if value is not None)
     refusal = kind.refusal(arguments)
     if refusal:
         parser.error(refusal)
@@ -253,6 +261,28 @@ def parse_sweep(kind: type[SweepExperiment], argv: list[str] | None) -> argparse
     if kind.rising_lams:
         arguments.lam = tuple(sorted(arguments.lam))
     return arguments
+
+
+def _add_foreign_options(parser: OneLineParser, argv: list[str]) -> list[str]:
+    """Flags for the options of algorithms that --algo takes from elsewhere; their names."""
+    known = {action.dest for action in parser._actions}
+    first = OneLineParser(prog=parser.prog, add_help=False)
+    first.add_argument("--algo", nargs="+", type=algorithm_name, default=())
+    found = first.parse_known_args(argv)[0].algo
+    flags = {f.name: f for name in found if is_foreign(name) for f in flags_of(name).values()}
+    if taken := (flags.keys() & known) - {"lam", "refresh_every"}:
+        parser.error(f"--algo: its option {min(taken)} is another flag already: rename it")
+    own = [flag for name, flag in flags.items() if name not in known]
+    for flag in own:
+        kind = _truth if flag.kind is bool else flag.kind
+        parser.add_argument(f"--{flag.name}", type=kind, help=flag.help or None)
+    return [flag.name for flag in own]
+
+
+def _truth(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text} is neither true nor false")
+    return text.lower() == "true"
 
 
 def _sweep_parser(kind: type[SweepExperiment]) -> OneLineParser:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 
@@ -29,6 +30,20 @@ def algorithm_name(text: str) -> str:
     return text
 
 
+class Compared:
+    """What every experiment over several algorithms has."""
+
+    algorithms: tuple[str, ...]
+    options: tuple[tuple[str, Any], ...]
+    """(name, value) of what was given for algorithms of a user's own."""
+
+    def options_of(self, algorithm: str) -> dict[str, Any]:
+        """What the experiment says to an algorithm: its own fields' values, and `options`."""
+        values = {"refresh_every": getattr(self, "refresh_every", None), **dict(self.options)}
+        used = scheduler_options(algorithm)
+        return {n: value for n, value in values.items() if n in used and value is not None}
+
+
 def joint(algorithms: Sequence[str]) -> tuple[str, ...]:
     """All but sequential training."""
     return tuple(name for name in algorithms if name != "sequential")
@@ -47,12 +62,6 @@ def line_of(runs: pd.DataFrame) -> pd.Series:
     """The line of each row of a table of runs: `split_variant` puts the order first."""
     order = runs["variant"].str.partition(",")[0]
     return order.where(runs["algorithm"] == "sequential", runs["algorithm"])
-
-
-def period(algorithm: str, refresh_every: int) -> dict[str, int]:
-    """The refresh period, as an option, of an algorithm that has one."""
-    uses = "refresh_every" in scheduler_options(algorithm)
-    return {"refresh_every": refresh_every} if uses else {}
 
 
 def split_variant(order: str, split: float, num_steps: int) -> Variant:

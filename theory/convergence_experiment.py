@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from typing import Any, ClassVar
 
@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from theory import compared
 from theory.cli import positive_int, run_command
 from theory.command import ALGORITHMS, Findings, SweepExperiment, sweep_main
+from theory.compared import Compared
 from theory.metrics import fit_slope, mean_interval, middle, sequential_limit, slope_interval
 from theory.optima import TOLERANCE, ProblemOptima
 from theory.plotting.convergence import convergence_figure, slopes_figure
@@ -46,7 +47,7 @@ Curves = dict[tuple[str, float, str, str], pd.Series]
 
 
 @dataclass(frozen=True)
-class ConvergenceConfig(SweepExperiment):
+class ConvergenceConfig(Compared, SweepExperiment):
     """Everything that determines the results."""
 
     name: ClassVar[str] = "convergence_experiment"
@@ -60,6 +61,7 @@ class ConvergenceConfig(SweepExperiment):
     fit_from: int = 1000
     resamples: int = 2000
     algorithms: tuple[str, ...] = compared.ALGORITHMS
+    options: tuple[tuple[str, Any], ...] = ()
 
     @classmethod
     def refusal(cls, arguments: argparse.Namespace) -> str | None:
@@ -72,7 +74,10 @@ class ConvergenceConfig(SweepExperiment):
 
     @property
     def methods(self) -> list[Method]:
-        return methods(self.num_steps, self.algorithms)
+        return [
+            replace(method, options=self.options_of(method.algorithm) | method.options)
+            for method in methods(self.num_steps, self.algorithms)
+        ]
 
     def batches(self) -> list[Batch]:
         """The dear part first: later problems are larger."""

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from theory import compared
 from theory.cli import run_command
 from theory.command import ALGORITHMS, REFRESH_EVERY, Findings, SweepExperiment, sweep_main
-from theory.compared import EVEN_SPLIT
+from theory.compared import EVEN_SPLIT, Compared
 from theory.metrics import middle, sequential_limit
 from theory.optima import Optimum, ProblemOptima
 from theory.plotting.gap import gap_figure
@@ -40,7 +40,7 @@ NEAR_ONE = (0.97, 0.99, 0.997, 0.999, 0.9997, 0.9999, 0.99997, 0.99999)
 
 
 @dataclass(frozen=True)
-class GapConfig(SweepExperiment):
+class GapConfig(Compared, SweepExperiment):
     """Everything that determines the results."""
 
     name: ClassVar[str] = "gap_experiment"
@@ -56,6 +56,7 @@ class GapConfig(SweepExperiment):
     splits: tuple[float, ...] = (0.1, 0.25, 0.5, 0.75, 0.9, *NEAR_ONE)
     refresh_every: int = 1
     algorithms: tuple[str, ...] = compared.ALGORITHMS
+    options: tuple[tuple[str, Any], ...] = ()
 
     @property
     def horizons(self) -> NDArray[np.int64]:
@@ -88,8 +89,8 @@ class GapConfig(SweepExperiment):
 
 def _joint(config: GapConfig, problem: str) -> Iterator[Batch]:
     for algorithm in reversed(compared.joint(config.algorithms)):
-        options = compared.period(algorithm, config.refresh_every)
-        name = f"refresh_every={config.refresh_every}" if options else ""
+        options = config.options_of(algorithm)
+        name = ",".join(f"{key}={value}" for key, value in options.items())
         yield Batch(
             problem,
             algorithm,

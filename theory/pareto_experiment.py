@@ -81,8 +81,8 @@ def _batches(config: ParetoExperiment, problem: str) -> Iterator[Batch]:
     common = (config.lams, config.seeds, config.num_steps)
     steps = config.record_steps
     for name in reversed(compared.joint(config.algorithms)):
-        period = compared.period(name, config.refresh_every)
-        yield Batch(problem, name, *common, (Variant(name),), period, record_steps=steps)
+        own = config.options_of(name)
+        yield Batch(problem, name, *common, (Variant(name),), own, record_steps=steps)
     # Sequential training does not know lam: all lams would repeat the same end points.
     common = ((middle(config.lams),), config.seeds, config.num_steps)
     others = tuple(split for split in config.splits if split != EVEN_SPLIT)

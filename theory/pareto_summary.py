@@ -11,7 +11,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from theory import compared
-from theory.compared import EVEN_SPLIT
+from theory.compared import EVEN_SPLIT, Compared
 from theory.costs import Costs, cost_per_step
 from theory.metrics import Interval, mean_interval, middle, optimality_gaps
 from theory.optima import ProblemOptima
@@ -29,7 +29,7 @@ PLANE_STEPS, PLANE_SEEDS, PLANE_SCALE = 4000, 100, 0.25
 
 
 @dataclass(frozen=True)
-class ParetoConfig:
+class ParetoConfig(Compared):
     """Everything that determines the results."""
 
     problems: tuple[str, ...] = tuple(PROBLEMS)
@@ -40,6 +40,7 @@ class ParetoConfig:
     refresh_every: int = 10
     front_points: int = 201
     algorithms: tuple[str, ...] = compared.ALGORITHMS
+    options: tuple[tuple[str, Any], ...] = ()
 
     @property
     def lines(self) -> tuple[str, ...]:
