@@ -34,6 +34,7 @@ from llm.train.trainer import JointTrainer
 from theory.cli import UserError, run_command
 from theory.metrics import ideal_distance, mix_value
 from theory.records import read_json, write_json, write_text
+from theory.tables import markdown_table
 from theory.tasks import Task
 
 CONFIG_FILE, SUMMARY_FILE = "joint_config.json", "joint_summary.json"
@@ -166,7 +167,7 @@ def _table_rows(summary: dict[str, Any]) -> Iterator[tuple[str, list[float]]]:
 
 
 def model_card(config: RunConfig, summary: dict[str, Any]) -> str:
-    """README.md of an output directory, in the format of the Hugging Face hub; numbers measured."""
+    """README.md of an output directory, in the format of the Hugging Face hub."""
     base = config.model.model_name_or_path
     header = ["---", "library_name: transformers", "tags: [sft, dpo, joint-sft-dpo]"]
     if base is not None:
@@ -177,8 +178,8 @@ def model_card(config: RunConfig, summary: dict[str, Any]) -> str:
 
 
 def _card_objective(config: RunConfig, summary: dict[str, Any]) -> list[str]:
-    training, data = config.training, config.data
-    lines = [
+    training = config.training
+    return [
         f"# {config.model.model_name_or_path or 'tiny GPT-NeoX'}, trained with `{training.algo}`",
         "",
         "Objective: lam f_DPO + (1 - lam) f_SFT with f_SFT the mean negative log-likelihood of the "
@@ -189,28 +190,34 @@ def _card_objective(config: RunConfig, summary: dict[str, Any]) -> list[str]:
         f"Schedule: `{summary['scheduler']}`, seed {training.seed}, learning rate "
         f"{training.learning_rate:g}.",
         "",
-        "| data | source | rows kept | truncated | dropped |",
-        "|---|---|---|---|---|",
+        markdown_table(
+            ("data", "source", "rows kept", "truncated", "dropped"),
+            (_data_cells(name, rows, config) for name, rows in summary["rows"].items()),
+        ),
     ]
-    for name, rows in summary["rows"].items():
-        task, part = name.split(maxsplit=1)
-        suffix = "_eval_dataset" if part == "held-out" else "_dataset"
-        source = getattr(data, f"{task}{suffix}") or getattr(data, f"{task}_dataset")
-        dropped = sum(rows["dropped"].values())
-        cells = (name, source or "generated", rows["kept"], rows["truncated"], dropped)
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return lines
+
+
+def _data_cells(name: str, rows: dict[str, Any], config: RunConfig) -> list[str]:
+    task, part = name.split(maxsplit=1)
+    suffix = "_eval_dataset" if part == "held-out" else "_dataset"
+    source = getattr(config.data, f"{task}{suffix}") or getattr(config.data, f"{task}_dataset")
+    counts = (rows["kept"], rows["truncated"], sum(rows["dropped"].values()))
+    return [name, source or "generated", *map(str, counts)]
 
 
 def _card_results(summary: dict[str, Any]) -> list[str]:
-    before, after = (dict(summary["held_out"][moment]) for moment in ("before", "after"))
-    for moment, values in (("before", before), ("after", after)):
-        values |= summary.get("combined", {}).get(moment, {})
-    lines = ["", "| held-out | before | after |", "|---|---|---|"]
-    for name, value in after.items():
-        lines.append(f"| {CARD_TITLES.get(name, name)} | {before[name]:.4f} | {value:.4f} |")
+    before, after = (
+        summary["held_out"][moment] | summary.get("combined", {}).get(moment, {})
+        for moment in ("before", "after")
+    )
+    rows = (
+        [TITLES.get(name, name), f"{before[name]:.4f}", f"{value:.4f}"]
+        for name, value in after.items()
+    )
+    table = markdown_table(("held-out", "before", "after"), rows)
     steps = ", ".join(f"{task.upper()} {count}" for task, count in summary["steps"].items())
-    return [*lines, "", f"Optimiser steps: {steps}. Losses in nats (SFT per token, DPO per pair)."]
+    told = f"Optimiser steps: {steps}. Losses in nats (SFT per token, DPO per pair)."
+    return ["", table, "", told]
 
 
 def claim(output_dir: Path, training: JointArguments, mine: dict[str, Any]) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
+
+from theory.tables import markdown_table
 
 
 def table(document: dict[str, Any]) -> str:
@@ -17,7 +19,7 @@ def table(document: dict[str, Any]) -> str:
         "they are short; median and 95% interval over rounds, one peak each for memory. Rows: "
         + document["rows"]["source"],
         "## Ratios",
-        _markdown(
+        markdown_table(
             ("comparison", "ratio of", "median", "95% interval", "target", "met"),
             map(_ratio_cells, document["comparisons"]),
         ),
@@ -25,7 +27,7 @@ def table(document: dict[str, Any]) -> str:
     if document["costs"]:
         parts += [
             "## Cost of a step against the cost model",
-            _markdown(
+            markdown_table(
                 ("algorithm", "measured (s)", "expected (s)", "ratio", "95% interval", "probes"),
                 map(_cost_cells, document["costs"]),
             ),
@@ -35,7 +37,7 @@ def table(document: dict[str, Any]) -> str:
         parts += [
             f"## Throughput (goodput: share of {tflops:.3g} TFLOP/s, "
             f"{machine['peak_tflops_source']})",
-            _markdown(
+            markdown_table(
                 ("suite", "contender", "s/step", "tokens/s", "pairs/s", "goodput", "peak MiB",
                  "MiB before the model"),
                 map(_speed_cells, document["throughput"]),
@@ -98,8 +100,3 @@ def _interval(ratio: dict[str, Any]) -> str:
     low, high = ratio["low"], ratio["high"]
     finite = low is not None and high is not None and low > 0.0 and high < float("inf")
     return f"[{low:.3f}, {high:.3f}]" if finite else "one round"
-
-
-def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)

@@ -10,6 +10,7 @@ from llm.compare.settings import EVEN
 from llm.compare.summary import Summary
 from theory.plotting.style import LABELS
 from theory.schedulers import ORDERS
+from theory.tables import Strong, Table, markdown_table
 
 TITLES = {"steps": "Equal steps", "compute": "Equal compute"}
 COLUMNS = {
@@ -20,41 +21,43 @@ COLUMNS = {
     "ideal_distance": "ideal distance",
     "f_mix": "f_Mix at the weight",
 }
+HEAD = ("algorithm", "lam or split", "rate", "steps", *COLUMNS.values(), "cost", "s per step")
 
 
 def markdown(summary: Summary) -> str:
-    return "\n".join([*_head(summary), *_body(summary), ""])
+    parts = [f"# Comparison: {summary['problem']}, {summary['seeds']} seeds, 95% t-intervals"]
+    parts.append(preamble(summary))
+    for title, head, rows in tables(summary):
+        parts += [f"## {title}", markdown_table(head, rows)]
+    parts.append("\n".join(f"- {warning}" for warning in summary["warnings"]))
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def _head(summary: Summary) -> Iterator[str]:
+def preamble(summary: Summary) -> str:
+    """What all tables share: units, optima, costs, how the learning rates were chosen."""
     optima, costs = summary["optima"], summary["costs"]
-    yield f"# Comparison: {summary['problem']}, {summary['seeds']} seeds, 95% t-intervals\n"
-    yield (
+    return (
         f"Losses of the {summary['measured_on']} rows in nats; "
         f"f_DPO* = {optima['dpo']:.4f}, f_SFT* = {optima['sft']:.4f} "
         f"({optima['source']}). The weight is lam, or the share of the steps on DPO. A step costs "
         f"{costs['sft_step']:.3g} (SFT), {costs['dpo_step']:.3g} (DPO), a probe of both "
         f"{costs['probe']:.3g} forward passes of an SFT step. Learning rates tuned: "
-        f"{summary['tuning']['criterion']}{_rule(summary['tuning'])}.\n"
+        f"{summary['tuning']['criterion']}{_rule(summary['tuning'])}."
     )
 
 
-def _body(summary: Summary) -> Iterator[str]:
+def tables(summary: Summary) -> Iterator[Table]:
+    """Every budget, what the second stage of a sequence forgets, and the tuning."""
     for budget in dict.fromkeys(entry["budget"] for entry in summary["settings"]):
-        yield f"## {TITLES[budget]}\n"
-        yield from _rows(summary, budget)
-        yield ""
-    yield "## Forgetting in the second stage\n"
-    yield "| order | split | budget | objective | end of its stage | end | rise |"
-    yield "|---|---|---|---|---|---|---|"
-    for entry in summary["forgetting"]:
-        cells = [_cell(entry[key]) for key in ("after_first_stage", "after_second_stage", "rise")]
-        names = (LABELS[entry["order"]], f"{entry['split']:g}", entry["budget"])
-        yield _line(*names, entry["objective"].upper(), *cells)
-    yield ""
-    yield from _tuning(summary["tuning"])
-    for warning in summary["warnings"]:
-        yield f"- {warning}"
+        entries = [entry for entry in summary["settings"] if entry["budget"] == budget]
+        yield Table(TITLES[budget], HEAD, list(map(_setting, entries)))
+    yield Table(
+        "Forgetting in the second stage",
+        ("order", "split", "budget", "objective", "end of its stage", "end", "rise"),
+        list(map(_forgotten, summary["forgetting"])),
+    )
+    if summary["tuning"]["lines"]:
+        yield _tuning(summary["tuning"])
 
 
 def _rule(tuning: Summary) -> str:
@@ -66,45 +69,42 @@ def _rule(tuning: Summary) -> str:
     )
 
 
-def _tuning(tuning: Summary) -> Iterator[str]:
-    """f_Mix at every rate; the chosen one is bold."""
-    if not tuning["lines"]:
-        return
+def _setting(entry: Summary) -> list[str]:
+    failed = f" ({entry['failed']} failed)" if entry["failed"] else ""
+    return [
+        LABELS[entry["line"]] + failed,
+        knob(entry["line"], entry["knob"]),
+        f"{entry['learning_rate']:g}",
+        str(entry["num_steps"]),
+        *(_cell(entry[name]) for name in COLUMNS),
+        _cell(entry["cost"], "{:.0f}"),
+        _cell(entry["seconds_per_step"], "{:.4f}"),
+    ]
+
+
+def knob(line: str, value: float) -> str:
+    """`split 0.5` of an order of sequential training, else `lam 0.5`."""
+    return f"{'split' if line in ORDERS else 'lam'} {value:g}"
+
+
+def _forgotten(entry: Summary) -> list[str]:
+    names = (LABELS[entry["order"]], f"{entry['split']:g}", entry["budget"])
+    losses = (entry[key] for key in ("after_first_stage", "after_second_stage", "rise"))
+    return [*names, entry["objective"].upper(), *map(_cell, losses)]
+
+
+def _tuning(tuning: Summary) -> Table:
+    """f_Mix at every rate; the chosen one stands out."""
     rates = list(next(iter(tuning["lines"].values()))["f_mix"])
-    yield f"## Tuning: f_Mix({EVEN}) at each learning rate\n"
-    yield _line("algorithm", *rates)
-    yield _line(*("---" for _ in ("", *rates)))
+    rows = []
     for line, tuned in tuning["lines"].items():
         chosen = f"{tuning['chosen'][line]:g}"
         cells = {rate: f"{value:.4f}" for rate, value in tuned["f_mix"].items()}
-        yield _line(LABELS[line], *(f"**{c}**" if r == chosen else c for r, c in cells.items()))
+        rows.append([LABELS[line], *(Strong(c) if r == chosen else c for r, c in cells.items())])
     if tuning["progress"]:
         shares = (f"{tuning['progress'].get(rate, 0.0):.0%}" for rate in rates)
-        yield _line("way to f*, alone", *shares)
-    yield ""
-
-
-def _rows(summary: Summary, budget: str) -> Iterator[str]:
-    head = ("algorithm", "lam or split", "rate", "steps", *COLUMNS.values(), "cost", "s per step")
-    yield _line(*head)
-    yield _line(*("---" for _ in head))
-    for entry in summary["settings"]:
-        if entry["budget"] == budget:
-            knob = f"{'split' if entry['line'] in ORDERS else 'lam'} {entry['knob']:g}"
-            failed = f" ({entry['failed']} failed)" if entry["failed"] else ""
-            yield _line(
-                LABELS[entry["line"]] + failed,
-                knob,
-                f"{entry['learning_rate']:g}",
-                str(entry["num_steps"]),
-                *(_cell(entry[name]) for name in COLUMNS),
-                _cell(entry["cost"], "{:.0f}"),
-                _cell(entry["seconds_per_step"], "{:.4f}"),
-            )
-
-
-def _line(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
+        rows.append(["way to f*, alone", *shares])
+    return Table(f"Tuning: f_Mix({EVEN}) at each learning rate", ("algorithm", *rates), rows)
 
 
 def _cell(interval: dict[str, float] | None, form: str = "{:.3f}") -> str:

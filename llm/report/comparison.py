@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from llm.compare.figures import compute_figure, gaps_figure, paths_figure
+from llm.compare.plan import HELD_OUT
 from llm.compare.pool import RESULT
 from llm.compare.settings import RUNS
 from llm.compare.table import TITLES
@@ -85,7 +86,8 @@ def body(folder: Path) -> Iterator[Html]:
 
 def read_summary(folder: Path) -> Data:
     """The summary as it was before JSON took its NaN: an interval of one seed has no ends."""
-    return _with_nan(read_object(folder / SUMMARY))
+    summary: Data = _with_nan(read_object(folder / SUMMARY))
+    return {"measured_on": HELD_OUT} | summary
 
 
 def _with_nan(data: Any) -> Any:

@@ -3,43 +3,61 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from theory.tables import Strong, markdown_table
+
+Entry = Mapping[str, Any]
 
 
 def markdown(record: dict[str, Any]) -> str:
     """The whole of validation.json as Markdown."""
-    return "\n".join([*_lines(record), ""])
-
-
-def _lines(record: dict[str, Any]) -> Iterator[str]:
-    yield f"# Validation of {record['problem']}\n"
-    yield (
+    failures = [
+        f"- {entry['name']} fails; {cause['cause']}: {outcome(cause)} ({cause['evidence']})"
+        for entry in record["predictions"]
+        for cause in entry["ruled_out"]
+    ]
+    parts = [
+        f"# Validation of {record['problem']}",
         "Intervals are Student's t over seeds. Margins of predictions: one-sided 95% limits, the "
         "upper one corrected for the number of claims; losses are those of the "
-        f"{record['measured_on']} rows, in nats.\n"
-    )
-    yield "## Predictions\n"
-    yield from _head("prediction", "theory", "margin", "verdict", "deciding claim")
-    for entry in record["predictions"]:
-        name = f"{entry['name']}: {entry['statement']}"
-        claim = entry["claim"] or entry["note"]
-        yield _row(name, entry["theory"], _interval(entry), _bold(entry["verdict"]), claim)
-    for entry in record["predictions"]:
-        for cause in entry["ruled_out"]:
-            told = f"{cause['cause']}: {outcome(cause)} ({cause['evidence']})"
-            yield f"\n- {entry['name']} fails; {told}"
-    yield "\n## Hypotheses\n"
-    yield from _head("hypothesis", "theory", "measured", "verdict", "seeds")
-    for entry in record["hypotheses"]:
-        name = f"{entry['name']}: {entry['statement']}"
-        verdict = _bold(entry["verdict"])
-        yield _row(name, entry["theory"], _interval(entry), verdict, str(entry["seeds"]))
-    yield "\n## Theory's numbers and the measured ones\n"
-    yield from _head("source", "quantity", "theory", "measured", "verdict", "note")
-    for entry in record["quantities"]:
-        cells = (_theory(entry["theory"]), _interval(entry), entry["verdict"], entry["note"])
-        yield _row(entry["source"], entry["name"], *cells)
+        f"{record['measured_on']} rows, in nats.",
+        *_titled("Predictions", ("prediction", "theory", "margin", "verdict", "deciding claim"),
+                 map(_prediction, record["predictions"])),
+        *failures,
+        *_titled("Hypotheses", ("hypothesis", "theory", "measured", "verdict", "seeds"),
+                 map(_hypothesis, record["hypotheses"])),
+        *_titled("Theory's numbers and the measured ones",
+                 ("source", "quantity", "theory", "measured", "verdict", "note"),
+                 map(_quantity, record["quantities"])),
+    ]  # fmt: skip
+    return "\n\n".join(parts) + "\n"
+
+
+def _titled(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> tuple[str, str]:
+    return f"## {title}", markdown_table(head, rows)
+
+
+def _prediction(entry: Entry) -> list[str]:
+    return [*_judged(entry), entry["claim"] or entry["note"]]
+
+
+def _hypothesis(entry: Entry) -> list[str]:
+    return [*_judged(entry), str(entry["seeds"])]
+
+
+def _judged(entry: Entry) -> list[str]:
+    verdict = entry["verdict"]
+    shown = Strong(verdict) if verdict == "fails" else verdict
+    return [f"{entry['name']}: {entry['statement']}", entry["theory"], _interval(entry), shown]
+
+
+def _quantity(entry: Entry) -> list[str]:
+    theory = entry["theory"]
+    theory = theory if isinstance(theory, str) else f"{theory:.3g}"
+    measured = (_interval(entry), entry["verdict"], entry["note"])
+    return [entry["source"], entry["name"], theory, *measured]
 
 
 def summary_lines(record: dict[str, Any]) -> str:
@@ -54,30 +72,12 @@ def summary_lines(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def outcome(cause: Mapping[str, Any]) -> str:
+def outcome(cause: Entry) -> str:
     """Whether a failure may be due to one of the causes of `llm.validate.causes`."""
     return "ruled out" if cause["ruled_out"] else "not ruled out"
 
 
-def _head(*names: str) -> tuple[str, str]:
-    return _row(*names), _row(*("---" for _ in names))
-
-
-def _row(*cells: str) -> str:
-    # A | of an absolute value would end the cell.
-    escaped = (cell.replace("|", r"\|") for cell in cells)
-    return f"| {' | '.join(escaped)} |"
-
-
-def _bold(verdict: str) -> str:
-    return f"**{verdict}**" if verdict == "fails" else verdict
-
-
-def _theory(value: float | str) -> str:
-    return value if isinstance(value, str) else f"{value:.3g}"
-
-
-def _interval(entry: dict[str, Any]) -> str:
+def _interval(entry: Entry) -> str:
     low, high = entry["interval"] if "interval" in entry else (entry["low"], entry["high"])
     return interval_text(entry["measured"], low, high)
 
