@@ -34,6 +34,7 @@ from llm.train.trainer import JointTrainer
 from theory.cli import UserError, run_command
 from theory.metrics import ideal_distance, mix_value
 from theory.records import read_json, write_json, write_text
+from theory.registry import label_of
 from theory.tables import markdown_table
 from theory.tasks import Task
 
@@ -98,7 +99,10 @@ def summarise(
     lam = lam_of(config.training)
     summary: dict[str, Any] = {
         "algo": config.training.algo,
-        "scheduler": trainer.scheduler.describe(),
+        "schedule": {
+            "label": label_of(type(trainer.scheduler)),
+            "description": trainer.scheduler.describe(),
+        },
         "lam": lam,
         "held_out": {"before": dict(before), "after": dict(after)},
         "optimum": None if optimum is None else dict(zip(("dpo", "sft"), optimum, strict=True)),
@@ -130,7 +134,7 @@ def summarise(
 
 def table(summary: dict[str, Any]) -> str:
     """The final table, readable in a terminal."""
-    lines = ["", f"{summary['scheduler']}", ""]
+    lines = ["", f"{summary['schedule']['description']}", ""]
     lines.append(f"{'held-out':<26}{'before':>10}{'after':>10}{'optimum':>10}{'gap':>10}")
     for name, cells in _table_rows(summary):
         lines.append(f"{name:<26}" + "".join(f"{cell:>10.4f}" for cell in cells))
@@ -187,7 +191,7 @@ def _card_objective(config: RunConfig, summary: dict[str, Any]) -> list[str]:
         f"(beta {training.beta:g}, label smoothing {training.label_smoothing:g}, reference: "
         f"{config.model.reference}).",
         "",
-        f"Schedule: `{summary['scheduler']}`, seed {training.seed}, learning rate "
+        f"Schedule: `{summary['schedule']['description']}`, seed {training.seed}, learning rate "
         f"{training.learning_rate:g}.",
         "",
         markdown_table(
@@ -211,7 +215,7 @@ def _card_results(summary: dict[str, Any]) -> list[str]:
         for moment in ("before", "after")
     )
     rows = (
-        [TITLES.get(name, name), f"{before[name]:.4f}", f"{value:.4f}"]
+        [CARD_TITLES.get(name, name), f"{before[name]:.4f}", f"{value:.4f}"]
         for name, value in after.items()
     )
     table = markdown_table(("held-out", "before", "after"), rows)

@@ -7,6 +7,7 @@ import math
 import re
 import shlex
 import shutil
+from functools import lru_cache
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,12 @@ from llm.flags.parse import parse
 from llm.report.__main__ import FILE, main, report
 from llm.report.command import OTHERWISE, command
 from llm.report.figures import curve, decisions_figure, dpo_shares, losses_figure, window_means
-from llm.report.page import Html, figure, markdown, table, text
+from llm.report.page import drawn, environment
 from llm.report.record import read_run
 from llm.run import CONFIG_FILE, NOT_PART_OF_A_RUN
 from llm.run import main as run
 from theory.cli import UserError
+from theory.tables import Strong
 
 VOID = {"meta", "link", "br", "img", "hr"}
 NASTY = "<script>alert('x')</script> & \"quoted\""
@@ -91,7 +93,7 @@ def assert_self_contained(source: str, page: Page) -> None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Finished runs of several kinds, the same one as if killed."""
+    """Finished runs of several kinds, the same one as if killed, and one that has just begun."""
     root = tmp_path_factory.mktemp("runs")
     (root / "optima.json").write_text('{"dpo": 0.3, "sft": 0.1}')
     with pytest.MonkeyPatch.context() as patch:
@@ -108,6 +110,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     shutil.rmtree(killed / "checkpoint-8")
     with (killed / "metrics.jsonl").open("a") as file:
         file.write('{"step": 9, "dpo_lo')
+    (root / "begun").mkdir()
+    shutil.copy(root / "maxright" / CONFIG_FILE, root / "begun")
     return {path.name: path for path in root.iterdir() if path.is_dir()}
 
 
@@ -121,30 +125,30 @@ def _own_data(root: Path) -> None:
     data.mkdir()
     flags = ["--model_name_or_path", str(root / "model"), "--sft_dataset"]
     flags += [write_jsonl(data / "sft.jsonl", rows), "--max_steps", "4", "--algo", "sft"]
-    flags += [
-        "--use_cpu",
-        "true",
-        "--disable_tqdm",
-        "true",
-        "--report_to",
-        "none",
-        "--max_dropped_share",
-        "0.5",
-    ]
-    run([*flags, "--save_strategy", "no", "--output_dir", str(root / "own")])
+    flags += ["--max_dropped_share", "0.5", "--use_cpu", "true", "--disable_tqdm", "true"]
+    flags += ["--report_to", "none", "--save_strategy", "no", "--output_dir", str(root / "own")]
+    run(flags)
 
 
-@pytest.mark.parametrize("name", ["maxright", "sequential", "own", "killed"])
+@lru_cache
+def source_of(folder: Path) -> str:
+    return report(folder)
+
+
+def page_of(folder: Path) -> Page:
+    return Page(source_of(folder))
+
+
+@pytest.mark.parametrize("name", ["maxright", "sequential", "own", "killed", "begun"])
 def test_the_page_is_whole_and_needs_nothing_else(name: str, runs: dict[str, Path]) -> None:
-    source = report(runs[name])
+    source = source_of(runs[name])
     assert source.startswith("<!DOCTYPE html>")
     assert_self_contained(source, Page(source))
-    assert source == report(runs[name])
 
 
 def test_the_page_has_the_numbers_of_the_summary(runs: dict[str, Path]) -> None:
     summary = json.loads((runs["maxright"] / "joint_summary.json").read_text())
-    page = Page(report(runs["maxright"]))
+    page = page_of(runs["maxright"])
     before, after = (summary["held_out"][moment]["sft_loss"] for moment in ("before", "after"))
     shown = [f"{value:.4g}" for value in (before, after, 0.1, after - 0.1)]
     assert page.row("f_SFT (nats/token)") == shown
@@ -158,8 +162,8 @@ def test_the_page_has_the_numbers_of_the_summary(runs: dict[str, Path]) -> None:
     assert "Unfinished" not in page.text
 
 
-def test_dropped_rows_are_told_with_their_reason(runs: dict[str, Path]) -> None:
-    page = Page(report(runs["own"]))
+def test_dropped_rows_are_told_with_their_reason_and_their_file(runs: dict[str, Path]) -> None:
+    page = page_of(runs["own"])
     source, total, kept, truncated, dropped, _ = page.row("sft train")
     held_out = page.row("sft held-out")
     assert source.endswith("sft.jsonl")
@@ -168,30 +172,20 @@ def test_dropped_rows_are_told_with_their_reason(runs: dict[str, Path]) -> None:
     assert int(kept) == int(total) - int(dropped)
     assert truncated == "0"
     assert "1 dropped, empty response" in page.text
-
-
-def test_the_name_of_a_data_set_cannot_become_markup(runs: dict[str, Path]) -> None:
-    source = report(runs["own"])
-    assert "<img" not in source
-    assert "onerror=alert(1)" in Page(source).text
+    assert "preferences" not in page.text  # nothing was trained on them
+    assert "onerror=alert(1)" in page.text
+    assert "<img" not in source_of(runs["own"])
 
 
 def test_a_killed_run_gets_a_page_that_says_so(runs: dict[str, Path]) -> None:
-    page = Page(report(runs["killed"]))
+    page = page_of(runs["killed"])
     assert "Unfinished: no summary was written; the last log line is of step 8 of 8." in page.text
     assert "As of the newest checkpoint." in page.text
     state = read_run(runs["killed"]).state
     assert state is not None
     assert len(state["decisions"]) == 4  # of checkpoint-4
     assert page.row("DPO")[0] == str(state["steps_taken"]["dpo"])
-
-
-def test_a_killed_run_without_anything_but_its_settings_gets_a_page(
-    runs: dict[str, Path], tmp_path: Path
-) -> None:
-    shutil.copy(runs["maxright"] / CONFIG_FILE, tmp_path)
-    page = Page(report(tmp_path))
-    assert "the last log line is of step 0 of 8" in page.text
+    assert "the last log line is of step 0 of 8" in page_of(runs["begun"]).text
 
 
 def test_probes_are_where_the_schedule_makes_them(runs: dict[str, Path]) -> None:
@@ -200,6 +194,19 @@ def test_probes_are_where_the_schedule_makes_them(runs: dict[str, Path]) -> None
     assert record.state is not None
     assert record.probes == record.state["probed_at"]
     assert read_run(runs["sequential"]).probes == []
+
+
+def test_a_schedule_is_called_what_the_record_calls_it(
+    runs: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(runs["own"], tmp_path / "own")
+    summary = json.loads((folder / "joint_summary.json").read_text())
+    summary["schedule"] = {"label": NASTY, "description": "every step on SFT"}
+    (folder / "joint_summary.json").write_text(json.dumps(summary))
+    assert page_of(runs["own"]).text.count("own: SFT alone") == 2
+    page = page_of(folder)
+    assert page.text.count(f"own: {NASTY}") == 2
+    assert "Schedule: every step on SFT." in page.text
 
 
 @pytest.mark.parametrize("name", ["maxright", "sequential", "own"])
@@ -235,51 +242,48 @@ def comparison(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_page_of_a_comparison_has_its_table_and_figures(comparison: Path) -> None:
-    source = report(comparison)
-    page = Page(source)
-    assert_self_contained(source, page)
+    page = page_of(comparison)
+    assert_self_contained(source_of(comparison), page)
     assert len([tag for tag, _ in page.tags if tag == "svg"]) == 3
     summary = json.loads((comparison / "summary.json").read_text())
     for entry in summary["settings"]:
         shown = f"{entry['f_sft']['mean']:.3f}"
         assert any(shown in row for row in page.rows), entry
     assert all(warning in page.text for warning in summary["warnings"])
+    assert "(one seed: no intervals)" in page.text
     assert "No run failed." in page.text
-    assert "llm.validate" in page.text  # nothing was validated yet
+    assert "None yet: python -m llm.validate" in page.text
 
 
-def test_the_lead_says_which_settings_are_not_told_apart(comparison: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(comparison, tmp_path / "seeds")
+def test_a_comparison_tells_rivals_failures_and_every_text_as_it_is(
+    comparison: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(comparison, tmp_path / "changed")
     summary = json.loads((folder / "summary.json").read_text())
     (best, rival), far = summary["settings"][:2], summary["settings"][0] | {"knob": 0.9}
     best["ideal_distance"] = {"mean": 0.1, "low": 0.0, "high": 0.2}
     rival["ideal_distance"] = {"mean": 0.3, "low": 0.19, "high": 0.41}
     far["ideal_distance"] = {"mean": 0.5, "low": 0.4, "high": 0.6}
-    summary["settings"] = [best, rival, far]
+    summary |= {"settings": [best, rival, far], "problem": NASTY, "warnings": [NASTY]}
+    summary["failures"] = [{"stage": "tuning", "run": "mix-0.5", "reason": NASTY}]
     (folder / "summary.json").write_text(json.dumps(summary))
-    lead = Page(report(folder)).text
-    assert "0.1 ± 0.1 away (the intervals of 1 other setting overlap with it)." in lead
-    assert "(one seed: no intervals)" in Page(report(comparison)).text
+    page = page_of(folder)
+    assert "0.1 ± 0.1 away (the intervals of 1 other setting overlap with it)." in page.text
+    assert page.row("mix-0.5") == ["tuning", NASTY]
+    assert page.text.count(NASTY) == 3
+    assert "<script" not in source_of(folder)
 
 
 def test_an_unfinished_comparison_shows_the_runs_it_kept(comparison: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(comparison, tmp_path / "killed")
     (folder / "summary.json").unlink()
-    page = Page(report(folder))
+    page = page_of(folder)
     kept = len(list((folder / "runs").glob("*/result.json")))
     assert f"Unfinished: {kept} runs are kept" in page.text
     assert len(page.rows) == kept + 1
 
 
-def test_failures_are_listed_with_their_reason(comparison: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(comparison, tmp_path / "failed")
-    summary = json.loads((folder / "summary.json").read_text())
-    summary["failures"] = [{"stage": "tuning", "run": "mix-0.5", "reason": NASTY}]
-    (folder / "summary.json").write_text(json.dumps(summary))
-    assert Page(report(folder)).row("mix-0.5") == ["tuning", NASTY]
-
-
-def test_the_verdicts_of_a_validation_are_shown(comparison: Path, tmp_path: Path) -> None:
+def test_the_verdicts_of_a_validation_are_shown(runs: dict[str, Path], tmp_path: Path) -> None:
     found = tmp_path / "validation.json"
     causes = [
         {"cause": "clipping", "ruled_out": True, "evidence": "shift 0"},
@@ -294,7 +298,7 @@ def test_the_verdicts_of_a_validation_are_shown(comparison: Path, tmp_path: Path
         "hypotheses": [{"name": "H1", "low": None, "high": 2.0, "verdict": "", "draws": 77}],
     }
     found.write_text(json.dumps(findings))
-    source = report(comparison, found)
+    source = report(runs["begun"], found)
     page = Page(source)
     assert page.row("P1") == [NASTY, "0.1 to 0.25", "holds", "-"]
     told = "clipping ruled out (shift 0); few steps not ruled out (still falling)"
@@ -321,10 +325,12 @@ def test_the_page_is_written_where_it_is_asked_for(
 
 
 def test_mistakes_are_told_in_one_line(runs: dict[str, Path], tmp_path: Path) -> None:
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "summary.json").write_text('{"problem": "quadratic"}')
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / CONFIG_FILE).write_text('{"training": ')
+    for name, content in (
+        ("other/summary.json", '{"problem": "x"}'),
+        (f"broken/{CONFIG_FILE}", ""),
+    ):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(content)
     good = str(runs["sequential"])
     for arguments, match in (
         ([str(tmp_path / "none")], "is not a directory"),
@@ -343,22 +349,30 @@ def test_mistakes_are_told_in_one_line(runs: dict[str, Path], tmp_path: Path) ->
 # ------------------------------------------------------------------------- pieces of page and plots
 
 
-def test_every_kind_of_value_is_escaped() -> None:
-    for value in (NASTY, [NASTY], {NASTY: NASTY}, ["a", {"b": NASTY}]):
-        assert "<" not in text(value)
-    assert "<script" not in table((NASTY, NASTY), [(NASTY, NASTY)])
-    assert "<script" not in markdown(f"# {NASTY}\n- {NASTY}\n| {NASTY} |\n|---|\n| {NASTY} |")
-    assert "<script" not in figure(losses_figure([]), NASTY)
-    assert text(Html("<b>")) == "<b>"
+@pytest.mark.parametrize("value", [NASTY, [NASTY], {NASTY: NASTY}, ["a", {"b": NASTY}]])
+def test_every_kind_of_value_is_escaped_everywhere(value: Any) -> None:
+    source = """{% from "parts.html.jinja" import details, figure, table %}
+    {{ table((nasty, value), [(nasty, value), (strong, nasty)], {nasty: nasty}) }}
+    {% call details(nasty) %}{{ value }}{% endcall %}
+    {% call figure(drawing) %}{{ value }}{% endcall %}"""
+    content = {"nasty": NASTY, "strong": Strong(NASTY), "drawing": drawn(losses_figure([]))}
+    html = environment().from_string(source).render(value=value, **content)
+    page = Page(html)
+    assert "<script" not in html
+    assert page.text.count(NASTY) >= 9
+    tags = [tag for tag, _ in page.tags]
+    assert "script" not in tags
+    assert tags.count("strong") == 1
 
 
-def test_markdown_tables_become_tables() -> None:
-    source = "## Title\n\n| a | b |\n|---|---|\n| x | **1.5** |\n| y | - |\n\n- one\n- two\n\nend"
-    page = Page(markdown(source))
-    assert page.rows == [["a", "b"], ["x", "1.5"], ["y", "-"]]
-    assert [tag for tag, _ in page.tags if tag in ("h3", "ul", "li", "p", "strong")] == [
-        *("h3", "strong", "ul", "li", "li", "p"),
-    ]
+def test_columns_of_numbers_stand_to_the_right() -> None:
+    table = environment().get_template("parts.html.jinja").module.table
+    rows = [("a", 1.5, "2 ± 0.1", "x" * 30), ("b", None, Strong("3"), "-")]
+    page = Page(table(("name", "n", "m", "text"), rows))
+    assert page.rows == [["name", "n", "m", "text"], ["a", "1.5", "2 ± 0.1", "x" * 30],
+                         ["b", "-", "3", "-"]]  # fmt: skip
+    classes = [attributes.get("class") for tag, attributes in page.tags if tag in ("td", "th")]
+    assert classes == 3 * ["short", "number", "number", None]
 
 
 def test_windows_weigh_to_the_mean_of_all_steps() -> None:

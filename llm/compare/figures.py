@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from theory.metrics import middle
-from theory.plotting.style import COLOURS, LABELS, MARKERS, STYLE
+from theory.plotting.style import STYLE, label, looks
 from theory.schedulers import ORDERS
 
 Numbers = list[dict[str, Any]]
@@ -58,16 +58,16 @@ def paths_figure(paths: pd.DataFrame, summary: Mapping[str, Any]) -> tuple[Figur
 
 def _draw_paths(axis: Axes, rows: pd.DataFrame) -> Numbers:
     numbers: Numbers = []
-    for line in (name for name in COLOURS if name in set(rows["line"])):
+    for line, look in looks(rows["line"]).items():
         own = rows[rows["line"] == line]
         own = own[own["knob"] == middle(sorted(own["knob"].unique()))]
         for _, run in own.groupby("seed"):
-            axis.plot(run["f_dpo"], run["f_sft"], color=COLOURS[line], lw=0.5, alpha=0.35)
+            axis.plot(run["f_dpo"], run["f_sft"], color=look.colour, lw=0.5, alpha=0.35)
         mean = own.groupby("step")[["f_dpo", "f_sft"]].mean()
-        axis.plot(mean["f_dpo"], mean["f_sft"], color=COLOURS[line])
+        axis.plot(mean["f_dpo"], mean["f_sft"], color=look.colour)
         ends = own[own["step"] == own["step"].max()]
         axis.plot(
-            ends["f_dpo"], ends["f_sft"], color=COLOURS[line], marker=MARKERS[line], ls="", ms=5,
+            ends["f_dpo"], ends["f_sft"], color=look.colour, marker=look.marker, ls="", ms=5,
             mec="white", mew=0.5, zorder=3,
         )  # fmt: skip
         start = mean.iloc[0]
@@ -79,13 +79,13 @@ def _draw_paths(axis: Axes, rows: pd.DataFrame) -> Numbers:
 
 def _draw_ends(axis: Axes, entries: Sequence[Entry]) -> Numbers:
     numbers: Numbers = []
-    for line in _lines(entries):
+    for line, look in looks(_lines(entries)).items():
         own = sorted((e for e in entries if e["line"] == line), key=lambda e: e["weight"])
         x, y = (np.array([e[loss]["mean"] for e in own]) for loss in ("f_dpo", "f_sft"))
-        axis.plot(x, y, color=COLOURS[line], lw=0.8)
+        axis.plot(x, y, color=look.colour, lw=0.8)
         errors = [_errors(own, loss) for loss in ("f_dpo", "f_sft")]
         axis.errorbar(
-            *(x, y), xerr=errors[0], yerr=errors[1], color=COLOURS[line], marker=MARKERS[line],
+            *(x, y), xerr=errors[0], yerr=errors[1], color=look.colour, marker=look.marker,
             ls="", ms=4, elinewidth=0.7, mec="white", mew=0.4,
         )  # fmt: skip
         numbers += [
@@ -120,13 +120,13 @@ def _draw_against_weight(axis: Axes, entries: Sequence[Entry], metric: str) -> N
     lines = _lines(entries)
     weights = sorted({entry["weight"] for entry in entries})
     steps = np.diff(weights).min() if len(weights) > 1 else 1.0
-    for place, line in enumerate(lines):
+    for place, (line, look) in enumerate(looks(lines).items()):
         own = sorted((e for e in entries if e["line"] == line), key=lambda e: e["weight"])
         # Side by side, so that no interval hides another.
         x = [e["weight"] + 0.08 * steps * (place - (len(lines) - 1) / 2) for e in own]
         axis.errorbar(
-            x, [e[metric]["mean"] for e in own], yerr=_errors(own, metric), color=COLOURS[line],
-            marker=MARKERS[line], ms=4, lw=1.0, elinewidth=0.8, mec="white", mew=0.4,
+            x, [e[metric]["mean"] for e in own], yerr=_errors(own, metric), color=look.colour,
+            marker=look.marker, ms=4, lw=1.0, elinewidth=0.8, mec="white", mew=0.4,
         )  # fmt: skip
     axis.set_xticks(weights, [f"{weight:g}" for weight in weights])
     return [{**_named(entry), "metric": metric, **entry[metric]} for entry in entries]
@@ -154,10 +154,11 @@ def _draw_costs(axis: Axes, entries: Sequence[Entry], summary: Mapping[str, Any]
     counted = (summary["costs"]["sft_step"] + summary["costs"]["dpo_step"]) / 2.0
     orders = [e for e in entries if e["line"] in ORDERS] or entries
     measured = float(np.mean([e["seconds_per_step"]["mean"] for e in orders]))
+    drawn = looks(_lines(entries))
     for i, entry in enumerate(entries):
         cost = entry["cost_per_step"]["mean"] / counted
         times = {name: value / measured for name, value in entry["seconds_per_step"].items()}
-        axis.bar(i, cost, 0.65, color=COLOURS[entry["line"]])
+        axis.bar(i, cost, 0.65, color=drawn[entry["line"]].colour)
         axis.plot(i, times["mean"], color="black", marker="_", ms=9, mew=1.2, zorder=3)
         if np.isfinite(times["high"]):
             axis.plot([i, i], [times["low"], times["high"]], color="black", lw=0.8)
@@ -175,13 +176,16 @@ def _draw_costs(axis: Axes, entries: Sequence[Entry], summary: Mapping[str, Any]
 
 def _draw_distances(axis: Axes, entries: Sequence[Entry], budgets: Sequence[str]) -> Numbers:
     lines, width = _lines(entries), 0.8 / len(budgets)
+    drawn = looks(lines)
     numbers: Numbers = []
     for entry in entries:
         distance, budget = entry["ideal_distance"], budgets.index(entry["budget"])
         place = lines.index(entry["line"]) + (budget - (len(budgets) - 1) / 2) * width
         hatch = "////" if budget else ""
-        axis.bar(place, distance["mean"], 0.92 * width, color=COLOURS[entry["line"]], ec="white",
-                 lw=0.0, hatch=hatch)  # fmt: skip
+        colour = drawn[entry["line"]].colour
+        axis.bar(
+            place, distance["mean"], 0.92 * width, color=colour, ec="white", lw=0.0, hatch=hatch
+        )
         top = distance["mean"]
         if np.isfinite(distance["high"]):
             axis.plot([place] * 2, [distance["low"], distance["high"]], color="black", lw=0.8)
@@ -206,7 +210,7 @@ def _draw_distances(axis: Axes, entries: Sequence[Entry], budgets: Sequence[str]
 
 
 def _name_bars(axis: Axes, entries: Sequence[Entry]) -> None:
-    axis.set_xticks(range(len(entries)), [LABELS[e["line"]] for e in entries], rotation=30,
+    axis.set_xticks(range(len(entries)), [label(e["line"]) for e in entries], rotation=30,
                     ha="right", rotation_mode="anchor")  # fmt: skip
 
 
@@ -237,8 +241,7 @@ def _middles(entries: Sequence[Entry]) -> list[Entry]:
 
 
 def _lines(entries: Iterable[Entry]) -> list[str]:
-    found = {entry["line"] for entry in entries}
-    return [line for line in COLOURS if line in found]
+    return list(looks(entry["line"] for entry in entries))
 
 
 def _errors(entries: Sequence[Entry], metric: str) -> Any:
@@ -257,8 +260,8 @@ def _losses(optima: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _handles(lines: Sequence[str]) -> Iterator[Line2D]:
-    for line in lines:
-        yield Line2D([], [], color=COLOURS[line], marker=MARKERS[line], ms=4, label=LABELS[line])
+    for look in looks(lines).values():
+        yield Line2D([], [], color=look.colour, marker=look.marker, ms=4, label=look.label)
 
 
 def _legend(figure: Figure, handles: Iterable[Line2D]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from llm.compare.settings import EVEN
 from llm.compare.summary import Summary
-from theory.plotting.style import LABELS
+from theory.plotting.style import label
 from theory.schedulers import ORDERS
 from theory.tables import Strong, Table, markdown_table
 
@@ -72,7 +72,7 @@ def _rule(tuning: Summary) -> str:
 def _setting(entry: Summary) -> list[str]:
     failed = f" ({entry['failed']} failed)" if entry["failed"] else ""
     return [
-        LABELS[entry["line"]] + failed,
+        label(entry["line"]) + failed,
         knob(entry["line"], entry["knob"]),
         f"{entry['learning_rate']:g}",
         str(entry["num_steps"]),
@@ -83,12 +83,14 @@ def _setting(entry: Summary) -> list[str]:
 
 
 def knob(line: str, value: float) -> str:
-    """`split 0.5` of an order of sequential training, else `lam 0.5`."""
+    """`split 0.5` of an order of sequential training, else `lam 0.5`; a dash without either."""
+    if math.isnan(value):
+        return "-"
     return f"{'split' if line in ORDERS else 'lam'} {value:g}"
 
 
 def _forgotten(entry: Summary) -> list[str]:
-    names = (LABELS[entry["order"]], f"{entry['split']:g}", entry["budget"])
+    names = (label(entry["order"]), f"{entry['split']:g}", entry["budget"])
     losses = (entry[key] for key in ("after_first_stage", "after_second_stage", "rise"))
     return [*names, entry["objective"].upper(), *map(_cell, losses)]
 
@@ -100,7 +102,7 @@ def _tuning(tuning: Summary) -> Table:
     for line, tuned in tuning["lines"].items():
         chosen = f"{tuning['chosen'][line]:g}"
         cells = {rate: f"{value:.4f}" for rate, value in tuned["f_mix"].items()}
-        rows.append([LABELS[line], *(Strong(c) if r == chosen else c for r, c in cells.items())])
+        rows.append([label(line), *(Strong(c) if r == chosen else c for r, c in cells.items())])
     if tuning["progress"]:
         shares = (f"{tuning['progress'].get(rate, 0.0):.0%}" for rate in rates)
         rows.append(["way to f*, alone", *shares])
@@ -132,13 +134,13 @@ def report(summary: Summary) -> str:
 def _terminal_line(entry: dict[str, Any]) -> str:
     cells = (_cell(entry[name]) for name in ("gap_dpo", "gap_sft", "ideal_distance"))
     return (
-        f"{LABELS[entry['line']]:<14}{entry['budget']:<9}{entry['learning_rate']:>9.3g}"
+        f"{label(entry['line']):<14}{entry['budget']:<9}{entry['learning_rate']:>9.3g}"
         f"{entry['num_steps']:>7}" + "".join(f"{cell:>18}" for cell in cells)
     )
 
 
 def _forgetting_line(entry: dict[str, Any]) -> str:
     return (
-        f"forgetting, {LABELS[entry['order']]}, split {entry['split']:g}, equal {entry['budget']}: "
+        f"forgetting, {label(entry['order'])}, split {entry['split']:g}, equal {entry['budget']}: "
         f"f_{entry['objective'].upper()} rises by {_cell(entry['rise'])}"
     )

@@ -17,17 +17,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llm.report import comparison, single, verdicts
-from llm.report.page import page, paragraph, section
+from llm.report.page import page
 from llm.report.record import is_run, read_run
 from theory.cli import OneLineParser, UserError, run_command
 from theory.records import write_text
 
 PROG = "python -m llm.report"
 FILE = "report.html"
-NOT_VALIDATED = section(
-    verdicts.TITLES["predictions"],
-    paragraph(f"None yet: python -m llm.validate writes {verdicts.FILE}.", "note"),
-)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -55,22 +51,11 @@ def report(folder: Path, validation: Path | None = None) -> str:
     found = folder / verdicts.FILE if validation is None else validation
     if validation is not None and not found.is_file():
         raise UserError(f"--validation {found} does not exist")
-    findings = list(verdicts.sections(found)) if found.is_file() else []
+    findings = list(verdicts.findings(found)) if found.is_file() else []
     if is_run(folder):
-        record = read_run(folder)
-        return page(
-            single.title(record),
-            single.lead(record),
-            [*single.body(record), *findings],
-            unfinished=single.unfinished(record),
-        )
+        return page(single.TEMPLATE, findings=findings, **single.content(read_run(folder)))
     if comparison.is_comparison(folder):
-        return page(
-            comparison.title(folder),
-            comparison.lead(folder),
-            [*comparison.body(folder), *(findings or [NOT_VALIDATED])],
-            unfinished=comparison.unfinished(folder),
-        )
+        return page(comparison.TEMPLATE, findings=findings, **comparison.content(folder))
     raise UserError(f"{folder} holds neither a run of llm.run nor a comparison of llm.compare")
 
 

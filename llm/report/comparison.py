@@ -13,25 +13,15 @@ from llm.compare.figures import compute_figure, gaps_figure, paths_figure
 from llm.compare.plan import HELD_OUT
 from llm.compare.pool import RESULT
 from llm.compare.settings import RUNS
-from llm.compare.table import TITLES
-from llm.report.page import (
-    Html,
-    details,
-    figure,
-    markdown,
-    paragraph,
-    preformatted,
-    section,
-    table,
-)
+from llm.compare.table import TITLES, knob, preamble, tables
+from llm.report.page import drawn
 from llm.report.record import Data, read_object
 from theory.cli import UserError
-from theory.plotting.style import LABELS
+from theory.plotting.style import label
 from theory.records import read_json
-from theory.schedulers import ORDERS
 
-SUMMARY, PATHS = "summary.json", "paths.parquet"
-TABLE, CONFIG = "table.md", "config.json"
+TEMPLATE = "comparison.html.jinja"
+SUMMARY, PATHS, CONFIG = "summary.json", "paths.parquet", "config.json"
 PARTS = {"settings", "forgetting", "failures", "costs", "optima"}
 """What tells the summary of a comparison from that of other experiments."""
 INTERVAL = {"mean", "low", "high"}
@@ -44,44 +34,49 @@ def is_comparison(folder: Path) -> bool:
     return any((folder / RUNS).glob(f"*/{RESULT}"))
 
 
-def title(folder: Path) -> str:
-    return f"{folder.resolve().name}: comparison of schedules"
-
-
-def lead(folder: Path) -> str:
-    """One sentence: what was compared on what, and who came out closest to both optima."""
+def content(folder: Path) -> Data:
+    """What the template shows; without a summary, the runs that are kept."""
+    found: Data = {"title": f"{folder.resolve().name}: comparison of schedules", "summary": None}
     if not (folder / SUMMARY).is_file():
-        return "Training schedules are compared on one problem; the comparison has not finished."
+        return found | _unfinished(folder)
     summary = read_summary(folder)
-    names = [LABELS[line] for line in dict.fromkeys(e["line"] for e in summary["settings"])]
+    config, paths = folder / CONFIG, folder / PATHS
+    runs = pd.read_parquet(paths) if paths.is_file() else None
+    return found | {
+        "summary": summary,
+        "lead": lead(summary),
+        "unfinished": None,
+        "paths": None if runs is None else drawn(paths_figure(runs, summary)[0]),
+        "gaps": drawn(gaps_figure(summary)[0]),
+        "compute": drawn(compute_figure(summary)[0]),
+        "preamble": preamble(summary),
+        "tables": tables(summary),
+        "failures": [(e["run"], e["stage"], e["reason"]) for e in summary["failures"]],
+        "config": read_object(config) if config.is_file() else None,
+    }
+
+
+def _unfinished(folder: Path) -> Data:
+    results = _results(folder)
+    return {
+        "lead": "Training schedules are compared on one problem; the comparison has not finished.",
+        "unfinished": f"Unfinished: {len(results)} runs are kept, and no summary was written. The "
+        "same command goes on where it stopped.",
+        "finished": [
+            (r["name"], r.get("f_dpo"), r.get("f_sft"), r.get("seconds"), r.get("failed") or "")
+            for r in results
+        ],
+    }
+
+
+def lead(summary: Data) -> str:
+    """One sentence: what was compared on what, and who came out closest to both optima."""
+    names = [label(line) for line in dict.fromkeys(e["line"] for e in summary["settings"])]
     opening = (
         f"{', '.join(names)} were compared on {_problem(summary)} with {summary['steps']} steps "
         f"and {_plural(summary['seeds'], 'seed')} a setting."
     )
     return " ".join([opening, *_winners(summary)])
-
-
-def unfinished(folder: Path) -> str | None:
-    if (folder / SUMMARY).is_file():
-        return None
-    return (
-        f"Unfinished: {len(_results(folder))} runs are kept, and no summary was written. The same "
-        "command goes on where it stopped."
-    )
-
-
-def body(folder: Path) -> Iterator[Html]:
-    if not (folder / SUMMARY).is_file():
-        yield section("Finished runs", _finished_runs(folder))
-        return
-    summary = read_summary(folder)
-    yield section("Objectives and gaps", *_figures(folder, summary))
-    table_file = folder / TABLE
-    if table_file.is_file():
-        _, _, results = table_file.read_text(encoding="utf-8").partition("\n")  # it has a title
-        yield section("Results, forgetting, learning rates", markdown(results))
-    yield section("Failures", _failures(summary))
-    yield from _settings(folder)
 
 
 def read_summary(folder: Path) -> Data:
@@ -114,9 +109,9 @@ def _winners(summary: Data) -> Iterator[str]:
         ]
         if entries:
             best = min(entries, key=lambda entry: entry["ideal_distance"]["mean"])
-            knob = f"{'split' if best['line'] in ORDERS else 'lam'} {best['knob']:g}"
+            where = f"{label(best['line'])} at {knob(best['line'], best['knob'])}"
             yield (
-                f"{TITLES[budget]}: closest to both optima is {LABELS[best['line']]} at {knob}, "
+                f"{TITLES[budget]}: closest to both optima is {where}, "
                 f"{_interval(best['ideal_distance'])} away{_rivals(best, entries)}."
             )
 
@@ -130,41 +125,6 @@ def _rivals(best: Data, entries: Sequence[Data]) -> str:
     return f" (the intervals of {_plural(others, 'other setting')} overlap with it)"
 
 
-def _figures(folder: Path, summary: Data) -> Iterator[Html]:
-    paths = folder / PATHS
-    if paths.is_file():
-        yield figure(
-            paths_figure(pd.read_parquet(paths), summary)[0],
-            "Losses along the runs at the middle of the grid (thin: seeds, thick: their "
-            "mean), and the end points of all settings with 95% intervals. Dotted: the optima.",
-        )
-    yield figure(
-        gaps_figure(summary)[0],
-        "Gaps to the optima and the distance to both, against lam or the share of the steps on "
-        "DPO; 95% t-intervals over seeds.",
-    )
-    yield figure(
-        compute_figure(summary)[0],
-        "Cost of a step against sequential training's, counted and measured; and the distance to "
-        "both optima at equal steps and at equal compute.",
-    )
-
-
-def _failures(summary: Data) -> Html:
-    if not summary["failures"]:
-        return paragraph("No run failed.")
-    rows = [(entry["run"], entry["stage"], entry["reason"]) for entry in summary["failures"]]
-    return table(("run", "stage", "reason"), rows)
-
-
-def _settings(folder: Path) -> Iterator[Html]:
-    path = folder / CONFIG
-    if path.is_file():
-        config = read_object(path)
-        everything = details("Every recorded setting", table(("setting", "value"), config.items()))
-        yield section("Settings", preformatted(config.get("command", "")), everything)
-
-
 def _results(folder: Path) -> list[Data]:
     records = []
     for path in sorted((folder / RUNS).glob(f"*/{RESULT}")):
@@ -175,14 +135,6 @@ def _results(folder: Path) -> list[Data]:
     if not records:
         raise UserError(f"{folder / RUNS} holds no result that can be read")
     return records
-
-
-def _finished_runs(folder: Path) -> Html:
-    rows = [
-        (r["name"], r.get("f_dpo"), r.get("f_sft"), r.get("seconds"), r.get("failed") or "")
-        for r in _results(folder)
-    ]
-    return table(("run", "f_DPO", "f_SFT", "seconds", "failed"), rows)
 
 
 def _interval(interval: Data) -> str:

@@ -15,7 +15,9 @@ from llm.run import CONFIG_FILE, METRICS_FILE, SCHEDULE_FILE, SUMMARY_FILE
 from llm.train.checkpoints import list_checkpoints
 from llm.train.identity import STATE_KEY
 from theory.cli import UserError
+from theory.plotting import style
 from theory.records import read_json
+from theory.tasks import Task
 
 Data = dict[str, Any]
 
@@ -34,10 +36,6 @@ class RunRecord:
     @property
     def training(self) -> Data:
         return dict(self.config["training"])
-
-    @property
-    def algorithm(self) -> str:
-        return str(self.training["algo"])
 
     @property
     def last_step(self) -> int:
@@ -64,6 +62,28 @@ class RunRecord:
             return self.summary["optimum"]
         path = self.folder / OPTIMA_FILE
         return read_object(path) if path.is_file() else None
+
+    @property
+    def tasks(self) -> list[str]:
+        """The objectives that were trained on, as far as is recorded."""
+        state = dict.fromkeys(("dpo", "sft")) if self.state is None else self.state["steps_taken"]
+        counts = state if self.summary is None else self.summary["steps"]
+        return [task.label for task in (Task.SFT, Task.DPO) if task.label in counts]
+
+    @property
+    def label(self) -> str:
+        """The name of the schedule for a reader."""
+        return str(self._schedule.get("label") or style.label(self.training["algo"]))
+
+    @property
+    def schedule(self) -> str:
+        """The schedule in words, as the run recorded it."""
+        identity = {} if self.state is None else self.state["identity"]
+        return str(self._schedule.get("description", identity.get("schedule")))
+
+    @property
+    def _schedule(self) -> Data:
+        return {} if self.summary is None else dict(self.summary.get("schedule", {}))
 
     @property
     def probes(self) -> list[int]:

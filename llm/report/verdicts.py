@@ -7,8 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llm.report.page import Html, details, section, table, text
-from llm.report.record import read_object
+from llm.report.record import Data, read_object
 from llm.validate.report import outcome
 
 FILE = "validation.json"
@@ -28,17 +27,22 @@ TONES = {"holds": "good", "fails": "bad"}
 Finding = Mapping[str, Any]
 
 
-def sections(path: Path) -> Iterator[Html]:
-    """One section per list of findings."""
+def findings(path: Path) -> Iterator[Data]:
+    """The tables of each list of findings: what is shown, and all that was recorded."""
     for name, entries in read_object(path).items():
         if isinstance(entries, list) and entries and all(isinstance(e, dict) for e in entries):
-            findings = [_with_interval(entry) for entry in entries]
-            shown = [c for c in COLUMNS if any(entry.get(c) for entry in findings)]
-            columns = list(dict.fromkeys(c for entry in findings for c in entry))
-            parts = [_table(findings, shown or columns)]
-            if shown and set(columns) - set(COLUMNS):
-                parts.append(details("Everything that was recorded", _table(findings, columns)))
-            yield section(TITLES.get(name, name.replace("_", " ")), *parts)
+            found = [_with_interval(entry) for entry in entries]
+            shown = [column for column in COLUMNS if any(entry.get(column) for entry in found)]
+            columns = list(dict.fromkeys(column for entry in found for column in entry))
+            more = columns if shown and set(columns) - set(COLUMNS) else []
+            yield {
+                "title": TITLES.get(name, name.replace("_", " ")),
+                "tones": TONES,
+                "head": _head(shown or columns),
+                "rows": _rows(found, shown or columns),
+                "whole_head": _head(more),
+                "whole_rows": _rows(found, more) if more else [],
+            }
 
 
 def _with_interval(entry: Finding) -> Finding:
@@ -55,16 +59,18 @@ def _with_interval(entry: Finding) -> Finding:
     return own | {"interval": f"{low:.3g} to {high:.3g}".replace("inf", "∞")}
 
 
-def _table(findings: Sequence[Finding], columns: Sequence[str]) -> Html:
-    head = [HEADS.get(column, column.replace("_", " ")) for column in columns]
-    return table(head, ([_cell(entry.get(column)) for column in columns] for entry in findings))
+def _head(columns: Sequence[str]) -> list[str]:
+    return [HEADS.get(column, column.replace("_", " ")) for column in columns]
+
+
+def _rows(found: Sequence[Finding], columns: Sequence[str]) -> list[list[Any]]:
+    return [[_cell(entry.get(column)) for column in columns] for entry in found]
 
 
 def _cell(value: Any) -> Any:
     if value and isinstance(value, list) and all(map(_is_cause, value)):
         return "; ".join(map(_cause, value))
-    tone = TONES.get(value) if isinstance(value, str) else None
-    return Html(f'<span class="{tone}">{text(value)}</span>') if tone else value
+    return value
 
 
 def _is_cause(value: Any) -> bool:

@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from itertools import cycle
 from typing import Any, NamedTuple
 
+from theory.schedulers import REGISTRY
+
 
 class Look(NamedTuple):
     """How a line is drawn."""
@@ -62,7 +64,9 @@ STYLE: dict[Any, Any] = {
 
 def label(name: str) -> str:
     """Of an algorithm or an order; a class that is named by its module goes by its own name."""
-    return LABELS.get(name) or name.rpartition(":")[2]
+    return LABELS.get(name) or (
+        REGISTRY[name].label if name in REGISTRY else name.rpartition(":")[2]
+    )
 
 
 def looks(names: Iterable[str]) -> dict[str, Look]:
