@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 import statistics
 from contextlib import redirect_stdout
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from _serve import pace, refuse
 from _text import SHARED, needs_shared
 from _tiny import PAD_ID, TOKENIZER, make_policy, train_rows
 from torch.utils.flop_counter import FlopCounterMode
@@ -143,15 +143,24 @@ def test_a_missing_cuda_device_is_said_before_anything_is_written(tmp_path: Path
 # ------------------------------------------------------------------------------- the contenders
 
 
+class Replies(list[Any]):
+    """The worker's side of a connection: it is sent `messages`, and its answers are kept."""
+
+    def __init__(self, *messages: Any) -> None:
+        self.messages = iter(messages)
+
+    def recv(self) -> Any:
+        return next(self.messages)
+
+    send = list.append
+
+
 def answers_of(job: Job) -> list[dict[str, Any]]:
     """What a worker says when it is told to do all its rounds; in this process."""
-    rows = {task.label: rows for task, rows in ROWS.items()}
-    message = json.dumps({"job": job.__dict__, "rows": rows})
-    commands = io.StringIO("\n".join([message, *["go"] * (job.rounds + 1)]) + "\n")
-    answers = io.StringIO()
+    answers: Any = Replies((job, ROWS), *["go"] * (job.rounds + 1), "finish")
     with redirect_stdout(io.StringIO()):
-        worker.run(commands, answers)
-    return [json.loads(line) for line in answers.getvalue().splitlines()]
+        worker.serve(answers)
+    return list(answers)
 
 
 JOINT = sorted({name for suite in ("joint", "cost") for name in CONTENDERS[suite]})
@@ -163,7 +172,7 @@ def test_a_joint_contender_takes_the_planned_steps(name: str) -> None:
     """Half of each objective in any round (MAXRIGHT(100): of all), and the planned probes."""
     job = job_of(name)
     ready, *rounds, last = answers_of(job)
-    assert ready["ready"]
+    assert ready["before_mib"] > 0.0
     assert last["peak_mib"] > 0.0
     assert len(rounds) == job.rounds + 1
     period = Contender(*name.split("/")).refresh_every
@@ -197,7 +206,6 @@ def test_a_contender_on_one_objective_does_all_rounds(name: str) -> None:
     group = name.split("/")[1]
     job = job_of(name, group)
     answers = answers_of(job)
-    assert answers[0].get("ready"), answers
     assert [set(answer) >= {"seconds", "steps"} for answer in answers[1:-1]] == [True] * (
         job.rounds + 1
     )
@@ -212,31 +220,39 @@ def test_a_contender_on_one_objective_does_all_rounds(name: str) -> None:
 
 @pytest.mark.usefixtures("same_threads")
 def test_a_contender_that_fails_says_why() -> None:
-    (answer,) = answers_of(replace(job_of("ours/sft"), sft_batch=0))
-    assert answer["failed"].startswith("ValueError: sft: 4 rows in batches of 0")
+    with pytest.raises(ValueError, match="sft: 4 rows in batches of 0"):
+        answers_of(replace(job_of("ours/sft"), sft_batch=0))
 
 
-def test_a_process_that_dies_and_a_spent_time_limit_are_reported(
+def test_a_spent_time_limit_is_reported() -> None:
+    said: list[str] = []
+    (late,) = measure({"ours/sft": job_of("ours/sft")}, ROWS, said.append, deadline=0.0)
+    assert late == {"ours/sft": {"failed": "not run: the time limit was reached"}}
+    assert [line for line in said if "ours/sft: not run" in line]
+
+
+def test_on_cuda_every_contender_leaves_its_record_before_the_next_begins(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    said: list[str] = []
-    jobs = {"ours/sft": job_of("ours/sft")}
-    *_, late = measure(jobs, ROWS, said.append, deadline=0.0)
-    assert late == {"ours/sft": {"failed": "not run: the time limit was reached"}}
-    monkeypatch.setattr("llm.benchmark.pool.sys.executable", "false")
-    *_, dead = measure(jobs, ROWS, said.append)
-    assert dead["ours/sft"]["failed"] == "the process ended with status 1: no message"
-    assert sum("ours/sft: " in line for line in said) == 2
-
-
-def test_on_cuda_every_contender_leaves_its_record_before_the_next_begins() -> None:
     """Each has the device for itself; those here fail before they use it."""
-    jobs = {
-        name: replace(job_of(name), device="cuda", sft_batch=0) for name in ("ours/sft", "ours/dpo")
-    }
+    monkeypatch.setattr("llm.benchmark.pool.serve", refuse)
+    jobs = {name: replace(job_of(name), device="cuda") for name in ("ours/sft", "ours/dpo")}
     first, both = measure(jobs, ROWS, lambda _: None)
     assert (list(first), list(both)) == (["ours/sft"], ["ours/sft", "ours/dpo"])
-    assert all("failed" in record for record in both.values())
+    assert {record["failed"] for record in both.values()} == {"ValueError: not here"}
+
+
+def test_rounds_are_taken_in_turn_and_whoever_has_fewer_stops_before_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("llm.benchmark.pool.serve", pace)
+    jobs = {name: job_of(name) for name in ("ours/alright", "paper/alright")}
+    assert [job.rounds for job in jobs.values()] == [2, 1]
+    (records,) = measure(jobs, ROWS, lambda _: None)
+    ours, paper = ([r["warm_up_seconds"], *r["seconds"]] for r in records.values())
+    assert (len(ours), len(paper)) == (3, 2)
+    assert ours[0] < paper[0] < ours[1] < paper[1] < ours[2]  # the moments of their answers
+    assert all(record["peak_mib"] == 2.0 for record in records.values())
 
 
 def test_on_cuda_every_choice_of_suites_has_a_place_of_its_own() -> None:
@@ -343,15 +359,6 @@ def test_one_round_has_no_interval() -> None:
 def test_a_ratio_takes_the_rounds_that_both_have() -> None:
     both = paired_ratio([4.0, 6.0], [2.0, 2.0])
     assert paired_ratio([4.0, 6.0], [2.0, 2.0, 5.0, 7.0]) == both
-
-
-@pytest.mark.usefixtures("same_threads")
-def test_a_contender_with_fewer_rounds_stops_before_the_others() -> None:
-    jobs = {name: job_of(name) for name in ("ours/alright", "paper/alright")}
-    assert [job.rounds for job in jobs.values()] == [2, 1]
-    *_, records = measure(jobs, ROWS, lambda _: None)
-    assert [len(record["seconds"]) for record in records.values()] == [2, 1]
-    assert all("failed" not in record for record in records.values())
 
 
 @pytest.mark.parametrize(

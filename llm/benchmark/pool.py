@@ -7,23 +7,19 @@ On CUDA they run one after the other: each is to have the memory for itself.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 from llm.benchmark.plan import Job
+from llm.benchmark.worker import serve
 from llm.loss.objectives import Row
+from llm.processes import Failed, Process, limited
+from theory.cli import UserError
 from theory.tasks import Task
 
 Record = dict[str, Any]
 Say = Callable[[str], None]
-_LIMITS = ("OMP", "OPENBLAS", "MKL", "NUMEXPR")
 
 
 class Worker:
@@ -32,25 +28,15 @@ class Worker:
     def __init__(self, name: str, job: Job) -> None:
         self.name, self.job = name, job
         self.record: Record = {"steps_per_round": job.steps, "seconds": [], "rounds": []}
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed in `close`)
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "llm.benchmark.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-            env=os.environ | {f"{name}_NUM_THREADS": str(job.threads) for name in _LIMITS},
-        )
+        self._process = Process(serve, environment=limited(job.threads))
 
     def begin(self, rows: Mapping[Task, Sequence[Row]]) -> None:
         """Build the trainer: so far the process has only imported what all contenders need."""
-        data = {task.label: list(rows[task]) for task in rows}
-        self._send(json.dumps({"job": asdict(self.job), "rows": data}))
+        self._process.send((self.job, {task: list(rows[task]) for task in rows}))
 
     def wait(self) -> None:
         """Until the trainer stands, or cannot."""
-        answer = self._answer()
-        self.record |= {key: answer[key] for key in ("before_mib", "notes") if key in answer}
+        self.record |= self._answer()
 
     @property
     def failed(self) -> str | None:
@@ -59,49 +45,32 @@ class Worker:
     def round(self, warm_up: bool) -> None:
         if self.failed:
             return
-        self._send("go")
+        self._process.send("go")
         answer = self._answer()
-        if not self.failed:
-            self.record["steps_per_round"] = answer["steps"]
-            if warm_up:
-                self.record["warm_up_seconds"] = answer["seconds"]
-            else:
-                self.record["seconds"].append(answer.pop("seconds"))
-                self.record["rounds"].append(answer)
+        if self.failed:
+            return
+        self.record["steps_per_round"] = answer["steps"]
+        if warm_up:
+            self.record["warm_up_seconds"] = answer["seconds"]
+        else:
+            self.record["seconds"].append(answer.pop("seconds"))
+            self.record["rounds"].append(answer)
 
     def finish(self) -> None:
         if not self.failed:
+            self._process.send("finish")
             self.record |= self._answer()
 
     def close(self) -> None:
-        """End the process: at once if it is in the middle of something, else by itself."""
-        if "peak_mib" not in self.record:
-            self._process.kill()
-        self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout, self._log):
-            if stream is not None and not stream.closed:
-                stream.close()
-
-    def _send(self, line: str) -> None:
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(line + "\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # the missing answer says so
+        self._process.close()
 
     def _answer(self) -> Record:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        answer = json.loads(line) if line else {"failed": self._last_words()}
-        if "failed" in answer:
-            self.record["failed"] = answer["failed"]
-        return answer
-
-    def _last_words(self) -> str:
-        self._log.seek(0)
-        lines = self._log.read().strip().splitlines() or ["no message"]
-        return f"the process ended with status {self._process.wait()}: {lines[-1]}"
+        """The answer, or nothing from a process that has failed."""
+        try:
+            return dict(self._process.answer())
+        except (Failed, UserError) as error:
+            self.record["failed"] = str(error)
+            return {}
 
 
 def measure(

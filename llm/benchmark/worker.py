@@ -1,19 +1,17 @@
-"""One contender in a process of its own: trains, and reports every round on its standard output.
+"""One contender in a process of its own: trains, and reports every round.
 
-Reads one line of JSON (the job and its rows) and builds the trainer. Then it answers with one line
-when it is ready, and for every line that it reads does one round and writes what the round took.
-The pace is kept from inside `Trainer.train()`, between two optimiser steps, so that drawing and
+It is sent the job and its rows, builds the trainer and says that it is ready. Then it does one
+round for every message and answers with what the round took, and with its memory at the end. The
+pace is kept from inside `Trainer.train()`, between two optimiser steps, so that drawing and
 collating the first batch of a round counts like those of all others.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import sys
-import traceback
+from dataclasses import replace
+from multiprocessing.connection import Connection
 from tempfile import TemporaryDirectory
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl
@@ -26,10 +24,10 @@ from theory.tasks import Task
 
 
 class Pacing(TrainerCallback):
-    """Waits for a line before each round and writes one after it."""
+    """Waits for a message before each round and answers after it."""
 
-    def __init__(self, device: torch.device, commands: TextIO, answers: TextIO) -> None:
-        self.device, self.commands, self.answers = device, commands, answers
+    def __init__(self, device: torch.device, connection: Connection) -> None:
+        self.device, self.connection = device, connection
         self.trainer: Any = None
         self.steps = 0
         self.forwards = 0
@@ -41,10 +39,6 @@ class Pacing(TrainerCallback):
     def attach(self, trainer: Any, steps: int) -> None:
         self.trainer, self.steps = trainer, steps
         trainer.model.register_forward_pre_hook(self._count)
-
-    def say(self, **answer: Any) -> None:
-        self.answers.write(json.dumps(answer) + "\n")
-        self.answers.flush()
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         self._wait()
@@ -72,50 +66,33 @@ class Pacing(TrainerCallback):
                 answer[f"{task.label}_steps"] = sum(weights[task] > 0.0 for weights in decisions)
             answer |= {"probes": len(self._winners), "forwards": self.forwards}
             answer["dpo_wins"] = sum(weights[Task.DPO] > 0.0 for weights in self._winners)
-        self.say(**answer)
+        self.connection.send(answer)
 
     def _wait(self) -> None:
         self._winners, self.forwards = [], 0
         self._probes_before_step = getattr(self.trainer, "probes", 0)
-        if not self.commands.readline():
-            raise SystemExit(0)  # the parent is gone
+        self.connection.recv()
         self._begin = now(self.device)
 
     def _count(self, *_: Any) -> None:
         self.forwards += 1
 
 
-def run(commands: TextIO, answers: TextIO) -> None:
-    message = json.loads(commands.readline())
-    rows = {Task[label.upper()]: rows for label, rows in message["rows"].items()}
+def serve(connection: Connection) -> None:
+    job, rows = connection.recv()
     with TemporaryDirectory() as folder:
-        train(Job(**message["job"] | {"folder": folder}), rows, commands, answers)
+        train(replace(job, folder=folder), rows, connection)
 
 
-def train(job: Job, rows: RowSets, commands: TextIO, answers: TextIO) -> None:
+def train(job: Job, rows: RowSets, connection: Connection) -> None:
     torch.set_num_threads(job.threads)
     device = torch.device(job.device)
-    pacing = Pacing(device, commands, answers)
-    try:
-        build = builder(job.side)
-        before = used_mib(device)
-        built = build(job, rows, pacing)
-        pacing.attach(built.trainer, built.steps)
-        pacing.say(ready=True, before_mib=before, notes=built.notes)
-        built.trainer.train()
-        pacing.say(peak_mib=peak_mib(device))
-    except Exception as error:
-        traceback.print_exc()
-        lines = str(error).strip().splitlines() or [""]
-        pacing.say(failed=f"{type(error).__name__}: {lines[0]}")
-
-
-def main() -> None:
-    # What libraries print must not mix with the answers.
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    run(sys.stdin, answers)
-
-
-if __name__ == "__main__":
-    main()
+    pacing = Pacing(device, connection)
+    build = builder(job.side)
+    before = used_mib(device)
+    built = build(job, rows, pacing)
+    pacing.attach(built.trainer, built.steps)
+    connection.send({"before_mib": before, "notes": built.notes})
+    built.trainer.train()
+    connection.recv()
+    connection.send({"peak_mib": peak_mib(device)})

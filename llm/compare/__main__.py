@@ -95,5 +95,5 @@ def _write_csv(path: Path, frame: pd.DataFrame) -> None:
     write_file(path, lambda temporary: frame.to_csv(temporary, index=False, float_format="%.6g"))
 
 
-if __name__ == "__main__":  # the worker processes import this file as well
+if __name__ == "__main__":
     run_command(main, PROG)

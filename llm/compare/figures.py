@@ -60,7 +60,8 @@ def _draw_paths(axis: Axes, rows: pd.DataFrame) -> Numbers:
     numbers: Numbers = []
     for line, look in looks(rows["line"]).items():
         own = rows[rows["line"] == line]
-        own = own[own["knob"] == middle(sorted(own["knob"].unique()))]
+        if own["knob"].notna().all():
+            own = own[own["knob"] == middle(sorted(own["knob"].unique()))]
         for _, run in own.groupby("seed"):
             axis.plot(run["f_dpo"], run["f_sft"], color=look.colour, lw=0.5, alpha=0.35)
         mean = own.groupby("step")[["f_dpo", "f_sft"]].mean()
@@ -236,8 +237,7 @@ def _middles(entries: Sequence[Entry]) -> list[Entry]:
     for entry in entries:
         if entry["seeds"]:
             chosen.setdefault((entry["budget"], entry["line"]), []).append(entry)
-    return [next(e for e in own if e["knob"] == middle([e["knob"] for e in own]))
-            for own in chosen.values()]  # fmt: skip
+    return [min(own, key=lambda e: abs(e["knob"] - 0.5)) for own in chosen.values()]
 
 
 def _lines(entries: Iterable[Entry]) -> list[str]:

@@ -7,21 +7,14 @@ device each, or one thread of the CPU.
 from __future__ import annotations
 
 import copy
-import multiprocessing
-import os
 import pickle
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 
 from llm.compare.runs import Record, Run, train
@@ -29,6 +22,7 @@ from llm.compare.settings import CompareConfig, check_jobs
 from llm.flags.arguments import RunConfig
 from llm.flags.parse import parse as parse_run
 from llm.model.load import load_policy, with_adapters
+from llm.processes import Died, Process, limited, share
 from llm.setup import Setup
 from theory.cli import UserError
 from theory.records import write_file
@@ -53,47 +47,41 @@ class Workers:
     def __init__(self, config: CompareConfig, setup: Setup) -> None:
         self.config, self._setup = config, setup
         self._devices = check_jobs(config)
-        self._executor: ProcessPoolExecutor | None = None
+        self._processes: list[Process] = []
 
     def train(self, jobs: Sequence[Job]) -> Iterator[tuple[Run, Record]]:
         """The records, in the order in which the runs end."""
         if self.config.jobs == 1:
             for job in jobs:
                 yield job.run, _train(self._setup, self.config.run, job)
-        elif jobs:
-            executor = self._executor = self._executor or self._start()
-            futures: dict[Future[Record], Run] = {
-                executor.submit(_train_in_worker, job): job.run for job in jobs
-            }
-            try:
-                for future in as_completed(futures):
-                    yield futures[future], future.result()
-            except BrokenProcessPool as error:
-                raise UserError(
-                    "a worker process died (out of memory?); finished runs are kept: "
-                    "try fewer --jobs"
-                ) from error
+            return
+        self._start(min(len(jobs), self.config.jobs))
+        try:
+            for job, record in share(self._processes, jobs):
+                yield job.run, record
+        except Died as error:
+            raise UserError(
+                f"a worker process died (out of memory?): {error}; finished runs are kept: "
+                "try fewer --jobs"
+            ) from error
 
     def close(self) -> None:
         """End the processes and remove the prepared problem."""
-        if self._executor is not None:
-            self._executor.shutdown(cancel_futures=True)
-            self._executor = None
-            (self.config.out / PREPARED).unlink(missing_ok=True)
+        for process in self._processes:
+            process.close()
+        self._processes.clear()
+        (self.config.out / PREPARED).unlink(missing_ok=True)
 
-    def _start(self) -> ProcessPoolExecutor:
+    def _start(self, wanted: int) -> None:
+        """Have at least so many processes."""
         prepared, run = self.config.out / PREPARED, self.config.run
-        write_file(prepared, lambda path: path.write_bytes(_pack(self._setup, run)))
-        context = multiprocessing.get_context("spawn")
-        names = context.SimpleQueue()
-        for job in range(self.config.jobs):
-            names.put(self._devices[job] if self._devices else "")
-        return ProcessPoolExecutor(
-            self.config.jobs,
-            mp_context=context,
-            initializer=_start_worker,
-            initargs=(names, prepared, self.config.argv, self.config.algos),
-        )
+        if wanted and not self._processes:
+            write_file(prepared, lambda path: path.write_bytes(_pack(self._setup, run)))
+        for number in range(len(self._processes), wanted):
+            own = {"CUDA_VISIBLE_DEVICES": self._devices[number]} if self._devices else limited(1)
+            command = (self.config.argv, self.config.algos)
+            process = Process(_serve, prepared, *command, environment=own)
+            self._processes.append(process)
 
 
 def with_flags(config: RunConfig, flags: Mapping[str, Any]) -> RunConfig:
@@ -105,39 +93,14 @@ def with_flags(config: RunConfig, flags: Mapping[str, Any]) -> RunConfig:
     return replace(config, training=replace(config.training, **own, schedule=schedule))
 
 
-# --- in the worker
-
-
-_worker: Callable[[Job], Record] | None = None
-
-
-def _start_worker(
-    names: Any, prepared: Path, argv: Sequence[str], algorithms: Sequence[str]
+def _serve(
+    connection: Connection, prepared: Path, argv: Sequence[str], algorithms: Sequence[str]
 ) -> None:
-    """Take a device, end with the parent, and load the problem."""
-    global _worker
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    name = names.get()
-    if name:
-        os.environ["CUDA_VISIBLE_DEVICES"] = name  # before the first call of CUDA
-    else:
-        torch.set_num_threads(1)
+    """In a process of its own: load the problem, then train what is asked for."""
     config = parse_run(argv, algorithms)
     setup = _unpack(prepared.read_bytes(), config)
-    _worker = partial(_train, setup, config)
-
-
-def _end_with_parent() -> None:
-    """A killed parent cannot end its workers, and they would wait for work for ever."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        os._exit(1)
-
-
-def _train_in_worker(job: Job) -> Record:
-    assert _worker is not None  # the initializer has run
-    return _worker(job)
+    while True:
+        connection.send(_train(setup, config, connection.recv()))
 
 
 def _train(setup: Setup, config: RunConfig, job: Job) -> Record:
