@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from _text import write_jsonl
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, set_seed
 
 from llm.data import embedded
@@ -174,6 +175,18 @@ def assert_moved(trained: torch.nn.Module, initial: torch.nn.Module) -> None:
     before = dict(initial.named_parameters())
     for name, value in trained.named_parameters():
         assert not torch.equal(value, before[name]), name
+
+
+def own_sources(root: Path, train_rows: int = 40, eval_rows: int = 10) -> dict[str, str]:
+    """A saved tiny model and a JSONL file for each data set, by the flag that names it."""
+    make_policy().save_pretrained(root / "model")
+    TOKENIZER.save_pretrained(root / "model")
+    corpus = embedded.generate_corpus(train_rows=train_rows, eval_rows=eval_rows)
+    sources = {"model_name_or_path": str(root / "model")}
+    for part in ("sft_train", "dpo_train", "sft_eval", "dpo_eval"):
+        name = part.removesuffix("_train")
+        sources[f"{name}_dataset"] = write_jsonl(root / f"{name}.jsonl", getattr(corpus, part))
+    return sources
 
 
 def short_run(output_dir: Path, *flags: str) -> list[str]:

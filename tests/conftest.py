@@ -43,26 +43,14 @@ def short_base_training(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def own(tmp_path: Path) -> Callable[..., list[str]]:
     """The command line of a run on a saved tiny model and JSONL files of 40 rows each."""
-    from _text import write_jsonl
-    from _tiny import TOKENIZER, make_policy
+    from _tiny import own_sources
 
-    from llm.data import embedded
-
-    model_dir = tmp_path / "model"
-    make_policy().save_pretrained(model_dir)
-    TOKENIZER.save_pretrained(model_dir)
-    corpus = embedded.generate_corpus(train_rows=40, eval_rows=10)
-    sources = {
-        "sft_dataset": write_jsonl(tmp_path / "sft.jsonl", corpus.sft_train),
-        "dpo_dataset": write_jsonl(tmp_path / "dpo.jsonl", corpus.dpo_train),
-        "sft_eval_dataset": write_jsonl(tmp_path / "sft_eval.jsonl", corpus.sft_eval),
-        "dpo_eval_dataset": write_jsonl(tmp_path / "dpo_eval.jsonl", corpus.dpo_eval),
-    }
+    sources = own_sources(tmp_path)
 
     def command(*flags: str, evaluation_sets: bool = True) -> list[str]:
         names = sources if evaluation_sets else [n for n in sources if "eval" not in n]
         return [
-            *("--model_name_or_path", str(model_dir), "--output_dir", str(tmp_path / "out")),
+            *("--output_dir", str(tmp_path / "out")),
             *("--max_steps", "6", "--use_cpu", "true", "--disable_tqdm", "true"),
             *("--report_to", "none", "--save_strategy", "no", "--learning_rate", "1e-2"),
             *(token for name in names for token in (f"--{name}", sources[name])),

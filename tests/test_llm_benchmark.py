@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 import statistics
 from contextlib import redirect_stdout
 from dataclasses import replace
+from multiprocessing import Pipe
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +18,6 @@ import torch
 from _serve import pace, refuse
 from _text import SHARED, needs_shared
 from _tiny import PAD_ID, TOKENIZER, make_policy, train_rows
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainingArguments
 
 from llm.benchmark import worker
@@ -48,7 +49,6 @@ from llm.benchmark.summary import (
 )
 from llm.loss.collate import collate_preference, collate_sft
 from llm.loss.objectives import DPOObjective, SFTObjective
-from theory.records import read_json
 from theory.schedulers import Single
 from theory.tasks import Task
 
@@ -63,104 +63,42 @@ def job_of(name: str, group: str = "joint", rounds: int = 1) -> Job:
 # ------------------------------------------------------------------------------ the whole command
 
 
-class Result(NamedTuple):
-    out: Path
-    printed: str
-    document: dict[str, Any]
-
-
-@pytest.fixture(scope="module")
-def quick(tmp_path_factory: pytest.TempPathFactory) -> Result:
-    out = tmp_path_factory.mktemp("benchmark") / "new"
+def test_what_the_command_records_are_the_rounds_of_real_processes(tmp_path: Path) -> None:
     with redirect_stdout(io.StringIO()) as printed:
-        main(["--quick", "--suites", "overhead", "--out", str(out)])
-    return Result(out, printed.getvalue(), read_json(out / "benchmark.json"))
-
-
-def test_a_run_leaves_its_files_and_prints_its_table(quick: Result) -> None:
-    names = {"benchmark.json", "benchmark.png", "benchmark.svg", "table.md"}
-    assert {path.name for path in quick.out.iterdir()} == names
-    assert (quick.out / "table.md").read_text() in quick.printed
-    assert quick.document["command"].startswith("python -m llm.benchmark --quick --suites overhead")
-    assert quick.document["rows"]["source"].startswith("generated")
-    assert str(quick.out.parent) not in (quick.out / "benchmark.json").read_text()
-
-
-def test_every_contender_has_its_rounds_and_its_memory(quick: Result) -> None:
-    records = quick.document["groups"]["overhead"]
+        main(["--quick", "--suites", "overhead", "--out", str(tmp_path / "new")])
+    text = (tmp_path / "new" / "benchmark.json").read_text()
+    assert str(tmp_path) not in text
+    document = json.loads(text)
+    assert (tmp_path / "new" / "table.md").read_text() in printed.getvalue()
+    assert document["rows"]["source"].startswith("generated")
+    records = document["groups"]["overhead"]
     assert tuple(records) == CONTENDERS["overhead"]
-    assert quick.document["failed"] == {}
+    assert document["failed"] == {}
     for record in records.values():
         assert len(record["seconds"]) == MORE_ROUNDS["overhead", "ours"]  # times one
-        assert min(record["seconds"]) > 0.0
-        assert record["warm_up_seconds"] > 0.0
+        assert min(*record["seconds"], record["warm_up_seconds"]) > 0.0
         # The memory of the worker itself, not of the process that started it.
         assert 50.0 < record["before_mib"] < record["peak_mib"]
-
-
-def test_ratios_come_from_the_recorded_rounds(quick: Result) -> None:
-    records = quick.document["groups"]["overhead"]
-    (line,) = quick.document["comparisons"]
+    (line,) = document["comparisons"]
     over, under = (records[line[key]]["seconds"] for key in ("over", "under"))
     # Equal steps on both sides, so their number cancels; up to rounding in a logarithm.
     ratios = [a / b for a, b in zip(over, under, strict=True)]
     assert line["median"] == pytest.approx(statistics.median(ratios), rel=1e-12)
     assert line["met"] is (line["median"] <= 1.15)
-    assert f"{line['median']:.3f}" in quick.printed
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["--rounds", "0"],
-        ["--suites", "speed"],
-        ["--quick", "--shape", "small"],
-        ["--quick", "--rounds", "2"],
-        ["--tokenizer", "x"],
-        ["--sft_dataset", "x.jsonl"],
-        ["--full_finetuning"],
-        ["--time_limit", "-1"],
-        ["--peak_tflops", "fast"],
-    ],
-)
-def test_a_mistake_is_one_line_and_leaves_nothing(
-    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as error:
-        main([*arguments, "--out", str(tmp_path / "out")])
-    assert error.value.code == 2
-    assert capsys.readouterr().err.count("\n") == 1
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
-def test_a_missing_cuda_device_is_said_before_anything_is_written(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no CUDA device"):
-        main(["--device", "cuda", "--out", str(tmp_path / "out")])
-    assert not (tmp_path / "out").exists()
+    assert f"{line['median']:.3f}" in printed.getvalue()
 
 
 # ------------------------------------------------------------------------------- the contenders
 
 
-class Replies(list[Any]):
-    """The worker's side of a connection: it is sent `messages`, and its answers are kept."""
-
-    def __init__(self, *messages: Any) -> None:
-        self.messages = iter(messages)
-
-    def recv(self) -> Any:
-        return next(self.messages)
-
-    send = list.append
-
-
 def answers_of(job: Job) -> list[dict[str, Any]]:
     """What a worker says when it is told to do all its rounds; in this process."""
-    answers: Any = Replies((job, ROWS), *["go"] * (job.rounds + 1), "finish")
+    ours, theirs = Pipe()
+    for message in ((job, ROWS), *["go"] * (job.rounds + 1), "finish"):
+        ours.send(message)
     with redirect_stdout(io.StringIO()):
-        worker.serve(answers)
-    return list(answers)
+        worker.serve(theirs)
+    return [ours.recv() for _ in range(job.rounds + 3)]
 
 
 JOINT = sorted({name for suite in ("joint", "cost") for name in CONTENDERS[suite]})
@@ -206,9 +144,7 @@ def test_a_contender_on_one_objective_does_all_rounds(name: str) -> None:
     group = name.split("/")[1]
     job = job_of(name, group)
     answers = answers_of(job)
-    assert [set(answer) >= {"seconds", "steps"} for answer in answers[1:-1]] == [True] * (
-        job.rounds + 1
-    )
+    assert all(set(answer) >= {"seconds", "steps"} for answer in answers[1:-1])
     if name == "trl_packed/sft":
         notes = answers[0]["notes"]
         tokens = sum(map(tokens_of, ROWS[Task.SFT]))
@@ -216,19 +152,6 @@ def test_a_contender_on_one_objective_does_all_rounds(name: str) -> None:
         assert notes["sequences"] * notes["packed_length"] >= tokens  # every row fits in a round
     if name == "ours/dpo":
         assert answers[0]["notes"]["cache_seconds"] > 0.0
-
-
-@pytest.mark.usefixtures("same_threads")
-def test_a_contender_that_fails_says_why() -> None:
-    with pytest.raises(ValueError, match="sft: 4 rows in batches of 0"):
-        answers_of(replace(job_of("ours/sft"), sft_batch=0))
-
-
-def test_a_spent_time_limit_is_reported() -> None:
-    said: list[str] = []
-    (late,) = measure({"ours/sft": job_of("ours/sft")}, ROWS, said.append, deadline=0.0)
-    assert late == {"ours/sft": {"failed": "not run: the time limit was reached"}}
-    assert [line for line in said if "ours/sft: not run" in line]
 
 
 def test_on_cuda_every_contender_leaves_its_record_before_the_next_begins(
@@ -240,6 +163,10 @@ def test_on_cuda_every_contender_leaves_its_record_before_the_next_begins(
     first, both = measure(jobs, ROWS, lambda _: None)
     assert (list(first), list(both)) == (["ours/sft"], ["ours/sft", "ours/dpo"])
     assert {record["failed"] for record in both.values()} == {"ValueError: not here"}
+    said: list[str] = []
+    *_, late = measure(jobs, ROWS, said.append, deadline=0.0)
+    assert late["ours/dpo"] == {"failed": "not run: the time limit was reached"}
+    assert len(said) == len(late) == 2
 
 
 def test_rounds_are_taken_in_turn_and_whoever_has_fewer_stops_before_the_others(
@@ -255,15 +182,7 @@ def test_rounds_are_taken_in_turn_and_whoever_has_fewer_stops_before_the_others(
     assert all(record["peak_mib"] == 2.0 for record in records.values())
 
 
-def test_on_cuda_every_choice_of_suites_has_a_place_of_its_own() -> None:
-    """A call is limited in time: two of them may share a shape, not a file."""
-    folder = Path("runs/gpu")
-    cuda = ["--device", "cuda", "--shape", "pythia-1b"]
-    assert parse(cuda).out == folder / "pythia-1b"
-    assert parse([*cuda, "--suites", "dpo", "sft"]).out == folder / "pythia-1b-dpo-sft"
-
-
-def test_on_cuda_trl_has_its_own_target_and_memory_none() -> None:
+def test_on_cuda_trl_has_its_own_target_memory_none_and_every_choice_a_place() -> None:
     """Peaks of models with frozen weights are those weights, whoever trains them."""
     targets = {
         (c.what, c.label): c.on("cuda").target for suite in COMPARISONS.values() for c in suite
@@ -273,6 +192,10 @@ def test_on_cuda_trl_has_its_own_target_and_memory_none() -> None:
     assert targets["time", "ALRIGHT: the paper's way"] is None
     assert targets["time", "MAXRIGHT(10) / ALRIGHT"] == 1.05
     assert all(c.on("cpu") == c for suite in COMPARISONS.values() for c in suite)
+    # A call is limited in time: two choices of suites may share a shape, not a file.
+    cuda = ["--device", "cuda", "--shape", "pythia-1b"]
+    assert parse(cuda).out == Path("figures/data/gpu/pythia-1b")
+    assert parse([*cuda, "--suites", "dpo", "sft"]).out.name == "pythia-1b-dpo-sft"
 
 
 def test_the_papers_way_computes_the_same_losses(tmp_path: Path) -> None:
@@ -339,51 +262,34 @@ def test_real_rows_keep_to_the_vocabulary_and_the_length_of_the_model() -> None:
 # ---------------------------------------------------------------------------------- the numbers
 
 
-def test_the_interval_of_a_ratio_is_students_on_the_logarithms() -> None:
+def test_a_ratio_is_paired_and_its_interval_students_on_the_logarithms() -> None:
     ratio = paired_ratio([2.0, 4.0, 8.0], [1.0, 1.0, 1.0])
     # Mean log 4, sample deviation log 2, t(0.975, 2) = 4.302653.
     half = 4.302653 * math.log(2.0) / math.sqrt(3.0)
     np.testing.assert_allclose(ratio, [4.0, 4.0 * math.exp(-half), 4.0 * math.exp(half)], rtol=1e-6)
-
-
-def test_ratios_are_paired_round_by_round() -> None:
-    """A disturbance that slows one round of both contenders leaves the ratio alone."""
-    slow = np.array([1.0, 5.0, 1.0])
+    slow = np.array([1.0, 5.0, 1.0])  # slows one round of both: the ratio does not see it
     np.testing.assert_allclose(paired_ratio(3.0 * slow, slow), 3.0, rtol=1e-12)
-
-
-def test_one_round_has_no_interval() -> None:
-    assert paired_ratio([3.0], [2.0]) == (1.5, 0.0, math.inf)
-
-
-def test_a_ratio_takes_the_rounds_that_both_have() -> None:
+    assert paired_ratio([3.0], [2.0]) == (1.5, 0.0, math.inf)  # one round has no interval
     both = paired_ratio([4.0, 6.0], [2.0, 2.0])
-    assert paired_ratio([4.0, 6.0], [2.0, 2.0, 5.0, 7.0]) == both
+    assert paired_ratio([4.0, 6.0], [2.0, 2.0, 5.0, 7.0]) == both  # the rounds that both have
 
 
-@pytest.mark.parametrize(
-    ("sense", "target", "ratio", "met"),
-    [
-        ("at least", 3.0, 3.0, True),
-        ("at least", 3.0, 2.9, False),
-        ("at most", 1.15, 1.1, True),
-        ("at most", 1.15, 1.2, False),
-        ("within", 0.02, 0.99, True),
-        ("within", 0.02, 1.03, False),
-        ("at least", None, 9.0, None),
-    ],
-)
-def test_a_target_is_met_in_its_own_sense(
-    sense: str, target: float | None, ratio: float, met: bool | None
-) -> None:
-    assert Comparison("", "a", "b", target=target, sense=sense).met(ratio) is met
+def test_a_target_is_met_in_its_own_sense() -> None:
+    for sense, target, met, missed in (
+        ("at least", 3.0, 3.0, 2.9),
+        ("at most", 1.15, 1.1, 1.2),
+        ("within", 0.02, 0.99, 1.03),
+    ):
+        comparison = Comparison("", "a", "b", target=target, sense=sense)
+        assert (comparison.met(met), comparison.met(missed)) == (True, False)
+    assert Comparison("", "a", "b").met(9.0) is None
 
 
 def test_every_comparison_is_between_contenders_of_its_suite() -> None:
     for suite, comparisons in COMPARISONS.items():
-        for line in comparisons:
-            for name in (line.over, line.under):
-                assert name in CONTENDERS[suite] or name.startswith(EXPECTED_COST)
+        names = {name for line in comparisons for name in (line.over, line.under)}
+        strange = names - set(CONTENDERS[suite])
+        assert all(name.startswith(EXPECTED_COST) for name in strange)
 
 
 def counts(steps: int, dpo: int, probes: int = 0, reuse: bool = False) -> Record:
@@ -404,7 +310,7 @@ def counts(steps: int, dpo: int, probes: int = 0, reuse: bool = False) -> Record
         ("maxright-10", counts(10, 5, 1), 7.5 + 0.5),
         # Reused, half of the probe's forward passes are those of the step: 2.5 less a probe.
         ("maxright-1", counts(10, 5, 10, reuse=True), 7.5 + 2.5),
-        ("maxright-100", counts(40, 20, 0), 7.5 + 0.05),
+        ("maxright-100", counts(40, 20, 0), 7.5),
     ],
 )
 def test_the_expected_cost_is_the_cost_model_at_measured_costs(
@@ -412,52 +318,8 @@ def test_the_expected_cost_is_the_cost_model_at_measured_costs(
 ) -> None:
     actual = expected_cost(3.0, 12.0, recorded, 1.0 / 3.0)
     assert actual == pytest.approx(expected, rel=1e-12)
-
-
-def test_reuse_of_a_probe_shows_in_the_forward_passes() -> None:
-    assert reuses_probe(counts(10, 5, 3, reuse=True))
-    assert not reuses_probe(counts(10, 5, 3))
-    assert not reuses_probe(counts(10, 5, 0))
-
-
-@pytest.mark.parametrize("task", Task)
-def test_the_operation_counts_are_those_of_the_matrix_products(task: Task) -> None:
-    """Of a packed forward and backward, as torch counts them; attention is left out of both."""
-    rows, objective = ROWS[task], DPOObjective() if task == Task.DPO else SFTObjective()
-    torch.manual_seed(0)
-    policy = make_policy(max_position_embeddings=TINY.max_length, vocab_size=TINY.vocab_size)
-    batch_rows = [row | {"ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0} for row in rows]
-    batch = objective.collate(batch_rows, PAD_ID)
-    with FlopCounterMode(display=False) as counter:
-        objective(policy, batch).total.backward()
-    products = counter.get_flop_counts()["Global"]
-    counted = sum(n for op, n in products.items() if str(op) in ("aten.mm", "aten.addmm"))
-    no_attention = replace(Work.of(TINY), layers=0)
-    assert counted == sum(map(no_attention.lean, rows))
-
-
-def test_the_operation_counts_by_hand() -> None:
-    """P = 2, C = 3, R = 4; N_b = 100, N_h = 10, L d = 6."""
-    work = Work(backbone=100, head=10, layers=2, width=3)
-    pair = {"prompt_ids": [1] * 2, "chosen_ids": [1] * 3, "rejected_ids": [1] * 4}
-    demonstration = {"prompt_ids": [1] * 2, "completion_ids": [1] * 3}
-    assert work.lean(demonstration) == 3 * (200 * 5 + 20 * 3 + 12 * 25)
-    assert work.lean(pair) == 3 * (200 * 9 + 20 * 7 + 12 * (25 + 36 - 4))
-    assert work.naive(pair) == 4 * (220 * 11 + 12 * (25 + 36))
-    lora = replace(work, passes=2)
-    assert lora.lean(pair) == pytest.approx(2 / 3 * work.lean(pair), rel=1e-15)
-    # Of the prompt only its end predicts a response token, and the end of a response predicts none.
-    trimmed = replace(work, last_mlp=7)
-    assert work.lean(demonstration) - trimmed.lean(demonstration) == 3 * 14 * 2
-    assert work.lean(pair) - trimmed.lean(pair) == 3 * 14 * 3
-
-
-def test_weights_of_a_large_shape_are_counted_without_being_made() -> None:
-    """Llama-3-8B: 8.03 billion parameters, of which the two embeddings have 0.525 each."""
-    work = Work.of(SHAPES["llama-3-8b"])
-    assert work.head == 128256 * 4096
-    assert work.backbone == 32 * (2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
-    assert work.passes == 2
+    reused = recorded["forwards"] < recorded["steps"] + 2 * recorded["probes"]
+    assert reuses_probe(recorded) is reused
 
 
 # ------------------------------------------------------------------------- summary and figure

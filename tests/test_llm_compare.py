@@ -31,7 +31,6 @@ from llm.data.checks import with_leaks_noted
 from llm.loss.evaluate import evaluate_objective
 from llm.run import new_trainer
 from llm.setup import Setup, prepare
-from theory.cli import run_command
 from theory.schedulers import ORDERS
 from theory.tasks import Task
 
@@ -320,24 +319,3 @@ def pair_tokens(comparison: list[str]) -> float:
     }  # fmt: skip
     rows = {task: len(setup.train[task].rows) for task in Task}
     return tokens[Task.DPO] / rows[Task.DPO] / (tokens[Task.SFT] / rows[Task.SFT])
-
-
-@pytest.mark.usefixtures("short_base_training")
-def test_without_a_model_the_embedded_one_is_compared(tmp_path: Path) -> None:
-    flags = ["--use_cpu", "true", "--disable_tqdm", "true", "--algos", "alright", "--lams", "0.5"]
-    flags += ["--seeds", "1", "--learning_rates", "1e-3", "--max_train_rows", "32", "--jobs", "1"]
-    flags += [*SHORT, "--max_eval_rows", "8", "--budgets", "steps", "--out", str(tmp_path)]
-    main(flags)
-    config = json.loads((tmp_path / "config.json").read_text())
-    assert config["model"]["model_name_or_path"] is None
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["problem"] == "embedded"
-    assert summary["settings"][0]["f_dpo"]["high"] is None  # one seed has no interval
-
-
-def test_mistakes_end_the_command_with_one_line(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(SystemExit) as caught:
-        run_command(lambda: main(["--use_cpu", "true", "--out", str(tmp_path / "file")]), "compare")
-    assert str(caught.value.code).startswith("compare: error: --out")
-    assert "\n" not in str(caught.value.code)

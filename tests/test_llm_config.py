@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +9,11 @@ from typing import Any
 
 import pytest
 import yaml
+from _asserts import refusal
 
 from llm.flags.arguments import JointArguments
 from llm.flags.parse import TINY_RECIPE, parse
-from theory.cli import UserError, run_command
+from theory.cli import UserError
 from theory.schedulers import REGISTRY
 from theory.tasks import Task
 
@@ -39,21 +39,6 @@ def own(tmp_path: Path) -> list[str]:
     ]
 
 
-def error_of(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """What the command prints on stderr before it exits with a status that is not zero."""
-    with pytest.raises(SystemExit) as caught:
-        run_command(lambda: parse(argv) and None, "run")
-    # `sys.exit(text)` prints the text and exits with 1; argparse prints by itself and exits with 2.
-    printed = capsys.readouterr()
-    code = caught.value.code
-    text = f"{code}\n" if isinstance(code, str) else printed.err
-    assert code not in (0, None)
-    assert printed.out == ""
-    assert text.endswith("\n")
-    assert text.count("\n") == 1, text
-    return text
-
-
 # --- where values come from
 
 
@@ -65,6 +50,7 @@ def test_defaults_alone_are_the_embedded_recipe() -> None:
     assert config.training.max_steps == recipe["max_steps"]
     assert config.training.learning_rate == recipe["learning_rate"]
     assert config.output_dir == "runs/alright"
+    assert config.training.logging_nan_inf_filter is False
 
 
 def test_the_embedded_recipe_is_used_only_without_a_model_and_a_config(
@@ -114,10 +100,6 @@ def test_each_objective_may_have_its_own_batch_size_and_length(own: list[str]) -
     assert [config.max_length(task) for task in (Task.DPO, Task.SFT)] == [64, 32]
 
 
-def test_nan_losses_are_not_filtered() -> None:
-    assert parse(CPU).training.logging_nan_inf_filter is False
-
-
 # --- what is refused
 
 
@@ -128,103 +110,16 @@ def test_several_gpus_in_one_process_are_refused(monkeypatch: pytest.MonkeyPatch
         parse(CPU)
 
 
-@pytest.mark.parametrize(
-    ("flags", "named"),
-    [
-        ("--lam 1.5", "lam is 1.5"),
-        ("--lam -0.1", "lam is -0.1"),
-        ("--lam nan", "lam is nan"),
-        ("--lam half", "--lam"),
-        ("--algo ppo", "ppo"),
-        ("--algo maxright --refresh_every 0", "refresh_every is 0"),
-        ("--algo maxright --value_ema 0", "value_ema is 0"),
-        ("--algo sequential --split 1.1", "--split is 1.1"),
-        ("--algo sequential --split nan", "--split is nan"),
-        ("--algo sequential --order both", "order is 'both'"),
-        ("--algo importance --dpo_probability 1", "dpo_probability"),
-        ("--algo alternate --cycle 0", "cycle is 0"),
-        ("--conflict -0.5", "--conflict is -0.5"),
-        ("--beta 0", "beta is 0"),
-        ("--beta -1", "beta is -1"),
-        ("--beta inf", "beta is inf"),
-        ("--label_smoothing 0.5", "label_smoothing is 0.5"),
-        ("--label_smoothing -0.1", "label_smoothing is -0.1"),
-        ("--label_smoothing 0.1 --loss_type ipo", "label_smoothing"),
-        ("--loss_type kto", "loss_type is 'kto'"),
-        ("--per_device_train_batch_size 0", "batch size"),
-        ("--dpo_per_device_train_batch_size 0", "batch size of dpo"),
-        ("--max_train_rows 0", "--max_train_rows is 0"),
-        ("--max_eval_rows -3", "--max_eval_rows is -3"),
-        ("--dtype int8", "int8"),
-        ("--truncation_mode middle", "middle"),
-        ("--no_such_flag 1", "--no_such_flag"),
-        ("--lambda 0.5", "--lambda"),
-        ("--learn 0.5", "--learn"),  # no abbreviations
-        ("--config", "--config"),
-        ("--sft_dataset rows.jsonl", "--sft_dataset: this needs a model of your own"),
-        ("--dtype bfloat16", "--dtype: this needs a model of your own"),
-        ("--held-out 0.1", "--held_out: this needs a model of your own"),
-        ("--label_smoothing_factor 0.1", "--label_smoothing_factor is not supported"),
-        ("--auto_find_batch_size true", "--auto_find_batch_size is not supported"),
-        ("--save_strategy best", "--metric_for_best_model"),
-        (
-            "--load_best_model_at_end true --save_strategy steps --save_steps 100",
-            "--metric_for_best_model",
-        ),
-    ],
-)
-def test_a_mistake_is_one_line(flags: str, named: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert named in error_of([*CPU, *flags.split()], capsys)
-
-
-@pytest.mark.parametrize(
-    ("flags", "named"),
-    [
-        ("--conflict 0.5", "--conflict belongs to the embedded corpus"),
-        ("--held_out 0", "--held_out is 0"),
-        ("--held_out 1", "--held_out is 1"),
-        ("--sft_dataset missing.jsonl", "--sft_dataset missing.jsonl does not exist"),
-        ("--dpo_eval_dataset missing.parquet", "--dpo_eval_dataset missing.parquet does not exist"),
-        ("--sft_dataset some/rows --sft_eval_dataset some/rows", "--sft_eval_dataset holds the"),
-    ],
-)
-def test_a_mistake_about_data_is_one_line(
-    flags: str, named: str, own: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert named in error_of([*own, *flags.split()], capsys)
-
-
 @pytest.mark.parametrize("algo", REGISTRY)
-def test_an_algorithm_needs_the_data_that_it_trains_on(
-    algo: str, own: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_algorithm_needs_the_data_that_it_trains_on(algo: str, own: list[str]) -> None:
     without = {Task.SFT: own[:2] + own[4:], Task.DPO: own[:4] + own[6:]}
     for task, argv in without.items():
         argv = [*argv, "--algo", algo]
         if task.other.label == algo:
             assert parse(argv).tasks == (task.other,)
         else:
-            text = error_of(argv, capsys)
+            text = refusal(parse, argv)
             assert f"trains on {task.label}: give --{task.label}_dataset" in text
-
-
-@pytest.mark.parametrize(
-    ("algo", "flags"),
-    [
-        ("sft", "--beta 0.2"),
-        ("sft", "--loss-type ipo"),
-        ("sft", "--reference some/model"),
-        ("sft", "--dpo_max_length 5"),
-        ("dpo", "--sft_per_device_train_batch_size 5"),
-    ],
-)
-def test_a_flag_of_an_objective_without_data_is_refused(
-    algo: str, flags: str, own: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    argv = own[:4] + own[6:] if algo == "sft" else own[:2] + own[4:]
-    other = Task[algo.upper()].other
-    text = error_of([*argv, "--algo", algo, *flags.split()], capsys)
-    assert f"is not used without --{other.label}_dataset" in text
 
 
 @pytest.mark.parametrize(
@@ -241,31 +136,12 @@ def test_a_flag_of_an_objective_without_data_is_refused(
         ({"algo": "sft", "lam": 0.5}, "--lam is not used by --algo sft"),
         ({"beta": 0}, "beta is 0"),
         ({"max_steps": [1, 2]}, "2"),
+        ({"conflict": 0.5, "model_name_or_path": "some/model"}, "--conflict belongs"),
     ],
 )
-def test_values_of_a_config_are_checked(
-    content: Any, named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_values_of_a_config_are_checked(content: Any, named: str, tmp_path: Path) -> None:
     recipe = write_yaml(tmp_path / "own.yaml", content)
-    text = error_of([*CPU, "--config", recipe], capsys)
-    assert named in text
-
-
-def test_a_config_that_cannot_be_read_is_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    missing, binary = tmp_path / "missing.yaml", tmp_path / "binary.yaml"
-    binary.write_bytes(b"\xff\xfe\x00\x01")
-    for path in (missing, tmp_path, binary):
-        assert f"--config {path}" in error_of([*CPU, "--config", str(path)], capsys)
-    assert "No such file" in error_of([*CPU, f"--config={missing}"], capsys)
-
-
-def test_the_conflict_of_a_config_is_refused_with_an_own_model(
-    own: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    recipe = write_yaml(tmp_path / "own.yaml", {"conflict": 0.5})
-    assert "--conflict belongs" in error_of([*own, "--config", recipe], capsys)
+    assert named in refusal(parse, [*CPU, "--config", recipe])
 
 
 def test_the_best_model_may_be_chosen_by_one_objective(own: list[str]) -> None:
@@ -299,9 +175,3 @@ def test_help_names_every_flag_of_ours(capsys: pytest.CaptureFixture[str]) -> No
     printed = capsys.readouterr().out
     for flag in ("--config", "--optima", "--reference", "--conflict", "--refresh_every", "--cycle"):
         assert flag in printed
-
-
-def test_a_config_survives_json() -> None:
-    """What run writes to joint_config.json is plain data."""
-    config = parse([*CPU, "--algo", "maxright"])
-    assert json.loads(json.dumps(config.training.to_dict()))["algo"] == "maxright"

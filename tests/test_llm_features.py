@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 from _asserts import EXACT, assert_one_line_error
-from _text import needs_shared, write_jsonl
-from _tiny import PAD_ID, TOKENIZER, make_policy, train_rows
+from _text import SHARED, needs_shared
+from _tiny import PAD_ID, TOKENIZER, make_policy, own_sources, train_rows
 from numpy.typing import NDArray
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llm.data import embedded
+from llm.data.encode import encode_preference, encode_sft
+from llm.data.formats import load_rows
 from llm.features.__main__ import main
 from llm.features.build import BuildOptions, build
 from llm.features.candidates import LABELS, Extraction, Extractor
@@ -34,7 +35,6 @@ from theory.theorems.bounds import sequential_gap
 
 # Float32 forward passes of a tiny model, in batches of other shapes.
 FLOAT32 = 1e-5
-TASKS = pytest.mark.parametrize("task", list(Task))
 
 
 def extractor(seed: int = 0, batch_size: int = 8) -> Extractor:
@@ -49,6 +49,11 @@ def extractions(seed: int = 0, candidates: int = 5, samples: int = 1) -> dict[Ta
     )
 
 
+def sft_rows() -> list[Any]:
+    names = ("prompt_ids", "completion_ids")
+    return [{name: list(row[name]) for name in names} for row in train_rows()[Task.SFT]]
+
+
 def built(**options: Any) -> FeatureFile:
     return build(extractions(), BuildOptions(**({"dim": 4} | options)), {})
 
@@ -60,36 +65,24 @@ def problem_of(data: FeatureFile) -> Problem:
 # --- candidate sets
 
 
-@TASKS
-def test_every_candidate_set_begins_with_its_labels(task: Task) -> None:
+@pytest.mark.parametrize("task", list(Task))
+def test_a_candidate_set_has_its_labels_and_then_distinct_responses(task: Task) -> None:
+    """At most as many as asked for: labels, one sample, and completions of SFT rows."""
     sets, rows = extractions()[task].sets, train_rows()[task]
-    assert len(sets) == len(rows)
-    for candidates, row in zip(sets, rows, strict=True):
-        assert candidates.prompt == tuple(row["prompt_ids"])
-        labels = [tuple(row[key]) for key in LABELS[task]]
-        assert list(candidates.responses[: len(labels)]) == labels
-
-
-@TASKS
-def test_candidates_are_distinct_and_at_most_as_many_as_asked_for(task: Task) -> None:
     completions = {tuple(row["completion_ids"]) for row in train_rows()[Task.SFT]}
-    for candidates in extractions()[task].sets:
-        responses = candidates.responses
+    for candidates, row in zip(sets, rows, strict=True):
+        responses, labels = candidates.responses, [tuple(row[key]) for key in LABELS[task]]
+        assert candidates.prompt == tuple(row["prompt_ids"])
+        assert list(responses[: len(labels)]) == labels
         assert 2 <= len(set(responses)) == len(responses) <= 5
-        # Labels, one sample, and nothing but completions of SFT rows.
-        others = responses[len(LABELS[task]) + 1 :]
-        assert set(others) <= completions
+        assert set(responses[len(labels) + 1 :]) <= completions
         assert all(responses)
 
 
 def test_samples_are_a_function_of_the_seed_and_come_from_the_model() -> None:
     def sampled(seed: int) -> list[tuple[int, ...]]:
-        sets = (
-            extractor(seed)
-            .extract(train_rows(), candidates=3, samples=1, say=lambda _: None)[Task.DPO]
-            .sets
-        )
-        return [candidates.responses[2] for candidates in sets]
+        found = extractions.__wrapped__(seed, candidates=3)  # not from the cache
+        return [candidates.responses[2] for candidates in found[Task.DPO].sets]
 
     assert sampled(0) == sampled(0) != sampled(1)
 
@@ -121,10 +114,7 @@ def test_a_response_that_does_not_fit_behind_the_prompt_is_cut_at_the_positions(
 def test_pooled_values_are_those_of_each_row_alone() -> None:
     """Mean of the last hidden state over the response, sum of its log-probabilities."""
     model = make_policy().eval()
-    rows = [
-        {"prompt_ids": list(row["prompt_ids"]), "completion_ids": list(row["completion_ids"])}
-        for row in train_rows()[Task.SFT]
-    ]
+    rows = sft_rows()
     pooled = pool(model, rows, batch_size=4, pad_token_id=PAD_ID, name="rows")
     for i, row in enumerate(rows):
         ids, start = row["prompt_ids"] + row["completion_ids"], len(row["prompt_ids"])
@@ -141,10 +131,7 @@ def test_pooled_values_are_those_of_each_row_alone() -> None:
 def test_batches_hold_a_bounded_number_of_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Room for 40 tokens: the same numbers in batches of one or two rows."""
     model, shapes = make_policy(), []
-    rows = [
-        {"prompt_ids": list(row["prompt_ids"]), "completion_ids": list(row["completion_ids"])}
-        for row in train_rows()[Task.SFT]
-    ]
+    rows = sft_rows()
     options: dict[str, Any] = {"batch_size": 8, "pad_token_id": PAD_ID, "name": "rows"}
     whole = pool(model, rows, **options)
     monkeypatch.setattr("llm.features.pooling.LOGITS_BYTES", 4 * len(TOKENIZER) * 40)
@@ -343,32 +330,14 @@ def test_vary_measures_every_value_that_the_extraction_allows(
 # --- the command
 
 
-@pytest.fixture
-def command(tmp_path: Path) -> Callable[..., list[str]]:
-    """The command line on a saved tiny model and JSONL files of 24 rows each."""
-    make_policy().save_pretrained(tmp_path / "model")
-    TOKENIZER.save_pretrained(tmp_path / "model")
-    corpus = embedded.generate_corpus(train_rows=24, eval_rows=1)
-    sets = {"sft": corpus.sft_train, "dpo": corpus.dpo_train}
-    data = [
-        token
-        for name, rows in sets.items()
-        for token in (f"--{name}_dataset", write_jsonl(tmp_path / f"{name}.jsonl", rows))
-    ]
-
-    def build_command(*flags: str) -> list[str]:
-        own = ["--model_name_or_path", str(tmp_path / "model"), *data]
-        small = ["--dim", "3", "--candidates", "4", "--samples", "1", "--use_cpu", "true"]
-        return [*own, *small, "--out", str(tmp_path / "own.npz"), *flags]
-
-    return build_command
-
-
 @pytest.mark.usefixtures("temporary_datasets_cache")
 def test_the_command_writes_a_problem_that_theory_loads(
-    command: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main(command("--rows", "20", "--disable_tqdm", "true"))
+    sources = [f"--{name}={source}" for name, source in own_sources(tmp_path, 24, 1).items()][:3]
+    small = ["--dim", "3", "--candidates", "4", "--samples", "1", "--rows", "20"]
+    own = [*sources, *small, "--use_cpu", "true", "--disable_tqdm", "true"]
+    main([*own, "--out", str(tmp_path / "own.npz")])
     problem = make_problem(str(tmp_path / "own.npz"))
     data = FeatureFile.load(tmp_path / "own.npz")
     assert problem.dim == 3
@@ -384,34 +353,6 @@ def test_the_command_writes_a_problem_that_theory_loads(
     assert "own.npz" in out.splitlines()[-1]
 
 
-@pytest.mark.parametrize(
-    ("flags", "mentions"),
-    [
-        (["--learning_rate", "1e-3"], ["--learning_rate"]),
-        (["--use_peft", "true"], ["--use_peft"]),
-        (["--max_train_rows", "3"], ["--max_train_rows"]),
-        (["--config", "run.yaml"], ["--config"]),
-        (["--candidates", "2"], ["--candidates", "at least 3"]),
-        (["--samples", "-1"], ["--samples"]),
-        (["--label_noise", "0"], ["--label_noise", "(0, 0.5]"]),
-        (["--base_policy", "best"], ["--base_policy", "mean, sum, uniform"]),
-        (["--beta", "nan"], ["--beta"]),
-        (["--dim", "0"], ["--dim"]),
-        (["--out", "features.txt"], ["--out", ".npz"]),
-    ],
-)
-def test_a_mistake_is_one_line_before_anything_is_loaded(
-    flags: list[str],
-    mentions: list[str],
-    command: Callable[..., list[str]],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("llm.features.__main__.prepare", None)
-    with pytest.raises(UserError) as error:
-        main(command(*flags))
-    assert_one_line_error(str(error.value), *mentions)
-
-
 def test_more_dimensions_than_the_candidates_span_are_refused() -> None:
     with pytest.raises(UserError, match="span only") as error:
         built(dim=40)
@@ -420,29 +361,14 @@ def test_more_dimensions_than_the_candidates_span_are_refused() -> None:
 
 @needs_shared
 def test_features_of_a_real_model_on_real_text_make_an_interior_problem() -> None:
-    from _text import SHARED
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from llm.data.encode import encode_preference, encode_sft
-    from llm.data.formats import load_rows
-
     path = SHARED / "models" / "tinystories-656k"
-    model, tokenizer = (
-        AutoModelForCausalLM.from_pretrained(path),
-        AutoTokenizer.from_pretrained(path),
-    )
-    rows: dict[Task, Any] = {
-        task: encode(
-            load_rows(str(SHARED / "data" / f"{name}_eval.parquet"), limit=24),
-            tokenizer,
-            max_length=96,
-            name=name,
-        ).rows
-        for task, name, encode in (
-            (Task.DPO, "preference", encode_preference),
-            (Task.SFT, "sft", encode_sft),
-        )
-    }
+    model = AutoModelForCausalLM.from_pretrained(path)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    encoders = {Task.DPO: ("preference", encode_preference), Task.SFT: ("sft", encode_sft)}
+    rows: dict[Task, Any] = {}
+    for task, (name, encode) in encoders.items():
+        loaded = load_rows(str(SHARED / "data" / f"{name}_eval.parquet"), limit=24)
+        rows[task] = encode(loaded, tokenizer, max_length=96, name=name).rows
     own = Extractor(model, tokenizer.eos_token_id, tokenizer.pad_token_id, batch_size=16, seed=0)
     real = own.extract(rows, candidates=4, samples=1, say=lambda _: None)
     data = build(real, BuildOptions(dim=4), {})

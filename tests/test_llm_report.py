@@ -27,7 +27,6 @@ from llm.report.page import drawn, environment
 from llm.report.record import read_run
 from llm.run import CONFIG_FILE, NOT_PART_OF_A_RUN
 from llm.run import main as run
-from theory.cli import UserError
 from theory.tables import Strong
 
 VOID = {"meta", "link", "br", "img", "hr"}
@@ -250,6 +249,7 @@ def test_the_page_of_a_comparison_has_its_table_and_figures(comparison: Path) ->
         shown = f"{entry['f_sft']['mean']:.3f}"
         assert any(shown in row for row in page.rows), entry
     assert all(warning in page.text for warning in summary["warnings"])
+    assert "on the embedded problem" in page.text
     assert "(one seed: no intervals)" in page.text
     assert "No run failed." in page.text
     assert "None yet: python -m llm.validate" in page.text
@@ -322,28 +322,6 @@ def test_the_page_is_written_where_it_is_asked_for(
     assert (runs["sequential"] / FILE).read_text() == out.read_text()
     assert str(out) in capsys.readouterr().out
     assert [path.name for path in out.parent.iterdir()] == ["page.html"]
-
-
-def test_mistakes_are_told_in_one_line(runs: dict[str, Path], tmp_path: Path) -> None:
-    for name, content in (
-        ("other/summary.json", '{"problem": "x"}'),
-        (f"broken/{CONFIG_FILE}", ""),
-    ):
-        (tmp_path / name).parent.mkdir()
-        (tmp_path / name).write_text(content)
-    good = str(runs["sequential"])
-    for arguments, match in (
-        ([str(tmp_path / "none")], "is not a directory"),
-        ([str(tmp_path)], "neither a run of llm.run nor a comparison"),
-        ([str(tmp_path / "other")], "neither a run of llm.run nor a comparison"),
-        ([str(tmp_path / "broken")], f"{CONFIG_FILE} cannot be read"),
-        ([good, "--out", str(tmp_path)], "is a directory; name a file"),
-        ([good, "--validation", str(tmp_path / "v.json")], "does not exist"),
-    ):
-        with pytest.raises(UserError, match=match) as caught:
-            main(arguments)
-        assert "\n" not in str(caught.value)
-    assert not list(tmp_path.rglob("*.html"))
 
 
 # ------------------------------------------------------------------------- pieces of page and plots

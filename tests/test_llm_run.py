@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from _text import SHARED, needs_shared, write_jsonl
-from _tiny import TOKENIZER, make_policy, short_run
+from _asserts import refusal
+from _text import SHARED, needs_shared
+from _tiny import short_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llm.run
-from llm.data import embedded
-from llm.flags.parse import parse
 from llm.loss.evaluate import evaluate_objective
 from llm.run import main
 from llm.setup import Setup, prepare
-from theory.cli import run_command
 from theory.schedulers import REGISTRY
 from theory.tasks import Task
 
@@ -57,17 +55,6 @@ def read(path: Path) -> Any:
 
 def log_lines(output_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def fails_with(argv: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line of the command's error."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as caught:
-        run_command(lambda: main(argv), "run")
-    assert isinstance(caught.value.code, str)
-    assert caught.value.code.startswith("run: error: ")
-    assert "\n" not in caught.value.code
-    return caught.value.code
 
 
 def held_out_losses(output_dir: Path, setup: Setup) -> dict[str, float]:
@@ -150,15 +137,6 @@ def test_gaps_are_measured_against_the_estimated_optima(
         assert f"{gap:.4f}" in printed
 
 
-def test_a_run_is_reproducible(tmp_path: Path) -> None:
-    summaries = []
-    for name in ("first", "second"):
-        main(short_run(tmp_path / name, "--optima", "none"))
-        summaries.append(read(tmp_path / name / "joint_summary.json"))
-        del summaries[-1]["seconds"]
-    assert summaries[0] == summaries[1]
-
-
 def test_the_base_policy_does_not_depend_on_the_algorithm(
     tmp_path: Path, prepared: list[Setup]
 ) -> None:
@@ -195,13 +173,11 @@ def test_the_reference_has_the_precision_of_the_training(tmp_path: Path) -> None
 # --- the output directory
 
 
-def test_results_of_another_run_are_not_overwritten(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_results_of_another_run_are_not_overwritten(tmp_path: Path) -> None:
     main(short_run(tmp_path, "--optima", "none"))
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     other = short_run(tmp_path, "--optima", "none", "--lam", "0.9")
-    text = fails_with(other, capsys)
+    text = refusal(main, other)
     assert "holds the results of a run with other settings" in text
     after = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     assert after == before
@@ -209,22 +185,13 @@ def test_results_of_another_run_are_not_overwritten(
     assert read(tmp_path / "joint_summary.json")["lam"] == 0.9
 
 
-def test_the_same_command_may_run_again(tmp_path: Path) -> None:
+def test_the_same_command_does_the_same_again(tmp_path: Path) -> None:
     summaries = []
     for _ in range(2):
         main(short_run(tmp_path, "--optima", "none"))
-        summaries.append(read(tmp_path / "joint_summary.json")["held_out"])
+        summaries.append(read(tmp_path / "joint_summary.json") | {"seconds": None})
         assert [line["step"] for line in log_lines(tmp_path) if "loss" in line] == [2, 4, 6, 8]
     assert summaries[0] == summaries[1]
-
-
-def test_an_output_directory_that_is_a_file_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "file"
-    path.write_text("mine")
-    assert "exists and is not a directory" in fails_with(short_run(path), capsys)
-    assert path.read_text() == "mine"
 
 
 # --- failures
@@ -232,97 +199,46 @@ def test_an_output_directory_that_is_a_file_is_refused(
 
 @pytest.mark.parametrize("max_steps", ["8", "1"])
 def test_a_loss_that_is_no_number_ends_the_run_with_one_line_and_no_model(
-    max_steps: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    max_steps: str, tmp_path: Path
 ) -> None:
     """After one step only the held-out loss can tell: its own loss came before the update."""
     flags = ["--learning_rate", "1e30", "--optima", "none", "--max_grad_norm", "0"]
     flags += ["--max_steps", max_steps, "--warmup_steps", "0"]
-    text = fails_with(short_run(tmp_path, "--algo", "sft", *flags), capsys)
+    text = refusal(main, short_run(tmp_path, "--algo", "sft", *flags))
     assert " is nan at step " in text
     assert "--learning_rate" in text
     kept = {"joint_config.json", "metrics.jsonl", "reference", "kl_samples.json"}
     assert {path.name for path in tmp_path.iterdir()} <= kept
 
 
-@pytest.mark.parametrize(
-    ("flags", "named"),
-    [
-        ("--max_length 1", "max_length is 1"),
-        ("--max_length 65", "the model has only 64 positions"),
-        ("--reference no/such-model-anywhere", "cannot load no/such-model-anywhere"),
-        ("--algo maxright --optima none", "maxright compares gaps"),
-        ("--optima missing.json", "--optima missing.json: No such file"),
-        ("--resume_from_checkpoint true", "no intact checkpoint in"),
-        ("--resume_from_checkpoint nowhere", "nowhere is not a directory"),
-    ],
-)
-def test_a_mistake_that_only_the_run_can_see_is_one_line(
-    flags: str,
-    named: str,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    optima = [] if "--optima" in flags else ["--optima", "none"]
-    assert named in fails_with(short_run(tmp_path, *optima, *flags.split()), capsys)
-
-
 # --- resuming
 
 
-RESUMABLE = ["--save_strategy", "steps", "--save_steps", "3", "--optima", "none"]
-
-
-def interrupted(output_dir: Path, *flags: str) -> None:
+def test_a_killed_run_ends_as_if_it_had_not_been_killed(tmp_path: Path) -> None:
     """A finished run made to look as if it had been killed after its checkpoint at step 6."""
-    main(short_run(output_dir, *RESUMABLE, *flags))
-    for name in ("joint_summary.json", "schedule.json", "model.safetensors"):
-        (output_dir / name).unlink()
-    shutil.rmtree(output_dir / "checkpoint-8")
-    with (output_dir / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 8, "loss": 0.')
-
-
-@pytest.mark.parametrize("algo", ["alright", "sequential"])
-def test_a_killed_run_ends_as_if_it_had_not_been_killed(algo: str, tmp_path: Path) -> None:
     straight, killed = tmp_path / "straight", tmp_path / "killed"
-    main(short_run(straight, *RESUMABLE, "--algo", algo))
-    interrupted(killed, "--algo", algo)
-    main(short_run(killed, *RESUMABLE, "--algo", algo, "--resume_from_checkpoint", "true"))
-    expected, actual = (read(path / "joint_summary.json") for path in (straight, killed))
-    for summary in (expected, actual):
-        del summary["seconds"]
+    flags = ["--save_strategy", "steps", "--save_steps", "3", "--optima", "none"]
+    flags += ["--algo", "sequential"]
+    main(short_run(straight, *flags))
+    shutil.copytree(straight, killed)
+    for name in ("joint_summary.json", "schedule.json", "model.safetensors"):
+        (killed / name).unlink()
+    shutil.rmtree(killed / "checkpoint-8")
+    with (killed / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "loss": 0.')
+    main(short_run(killed, *flags, "--resume_from_checkpoint", "true"))
+    expected, actual = (
+        read(path / "joint_summary.json") | {"seconds": None} for path in (straight, killed)
+    )
     assert actual == expected
-    assert read(killed / "schedule.json") == read(straight / "schedule.json")
-    weights = (killed / "model.safetensors").read_bytes()
-    assert weights == (straight / "model.safetensors").read_bytes()
+    for name in ("model.safetensors", "schedule.json"):
+        assert (killed / name).read_bytes() == (straight / name).read_bytes()
     # No step is logged twice, and the line that the kill cut short is gone.
     losses = [
         [(line["step"], line["loss"]) for line in log_lines(path) if "loss" in line]
         for path in (killed, straight)
     ]
     assert losses[0] == losses[1]
-
-
-@pytest.mark.parametrize(
-    ("flags", "named"),
-    [
-        ("--beta 0.2", "dpo loss"),
-        ("--seed 5", "data|order|schedule"),
-        ("--conflict 0.5", "dpo data"),
-        ("--lam 0.9", "schedule"),
-    ],
-)
-def test_a_checkpoint_is_not_continued_under_other_settings(
-    flags: str, named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    interrupted(tmp_path)
-    resume = [*RESUMABLE, "--resume_from_checkpoint", "true", *flags.split()]
-    text = fails_with(short_run(tmp_path, *resume), capsys)
-    assert "the checkpoint belongs to another run" in text
-    assert any(name in text for name in named.split("|"))
 
 
 # --- a model and data of one's own
@@ -377,65 +293,25 @@ def test_without_evaluation_sets_the_same_share_is_held_out_every_time(
         assert f"{task.label}: no evaluation set named, 8 rows held out" in printed
 
 
-def test_the_held_out_share_is_disjoint_from_the_training_rows(
-    tmp_path: Path, own: Callable[..., list[str]]
-) -> None:
-    """Rows that are all different: none is on both sides, none is lost."""
-    pairs = [(chore, thing) for chore in embedded.CHORES for thing in embedded.THINGS][:50]
-    asked = [embedded.QUESTIONS[0].format(chore=c, thing=t) for c, t in pairs]
-    sft = [{"prompt": q, "completion": " with a cloth ."} for q in asked]
-    dpo = [
-        {"prompt": q, "chosen": " with a cloth .", "rejected": " ask an expert ."} for q in asked
-    ]
-    argv = own(evaluation_sets=False)
-    for name, rows in (("sft", sft), ("dpo", dpo)):
-        argv[argv.index(f"--{name}_dataset") + 1] = write_jsonl(tmp_path / f"{name}_50.jsonl", rows)
-    setup = prepare(parse([*argv, "--held_out", "0.1"]), lambda _: None)
-    for task in Task:
-        train, held_out = (
-            {tuple(row["prompt_ids"]) for row in part[task].rows}
-            for part in (setup.train, setup.held_out)
-        )
-        assert (len(train), len(held_out)) == (45, 5)
-        assert train & held_out == set()
-
-
-@pytest.mark.parametrize(
-    ("flag", "name", "named"),
-    [
-        ("--model_name_or_path", ".", "cannot load"),
-        ("--reference", ".", "cannot load"),
-        ("--sft_dataset", "rows.jsonl", "sft train"),
-        ("--dpo_eval_dataset", "rows.jsonl", "dpo held-out"),
-        ("--sft_dataset", "rows.txt", "unknown suffix '.txt'"),
-    ],
-)
-def test_an_own_model_or_file_that_is_broken_is_one_line(
-    flag: str,
-    name: str,
-    named: str,
-    own: Callable[..., list[str]],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    for file in ("rows.jsonl", "rows.txt"):
-        (tmp_path / file).write_text('{"question": "why ?", "answer": "so ."}\n')
-    argv = own()
-    if flag in argv:
-        del argv[argv.index(flag) : argv.index(flag) + 2]
-    assert named in fails_with([*argv, flag, str(tmp_path / name)], capsys)
-
-
-def test_a_reference_with_another_vocabulary_is_refused(
-    own: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    other = tmp_path / "other"
-    make_policy(vocab_size=len(TOKENIZER) + 1).save_pretrained(other)
-    text = fails_with(own("--reference", str(other)), capsys)
-    assert f"--reference {other} has another vocabulary" in text
-
-
 # --- real data and a real model
+
+
+def real_run(output_dir: Path, *flags: str) -> dict[str, Any]:
+    """The summary of a run of TinyStories-656k on real text."""
+    data = SHARED / "data"
+    sources = ["--model_name_or_path", str(SHARED / "models" / "tinystories-656k")]
+    for task, name in (("sft", "sft"), ("dpo", "preference")):
+        sources += [f"--{task}_dataset", str(data / f"{name}_train.parquet")]
+        sources += [f"--{task}_eval_dataset", str(data / f"{name}_eval.parquet")]
+    short = ["--max_train_rows", "64", "--max_eval_rows", "16", "--max_steps", "4"]
+    short += ["--per_device_train_batch_size", "2", "--learning_rate", "1e-3", "--use_cpu", "true"]
+    quiet = ["--report_to", "none", "--save_strategy", "no", "--disable_tqdm", "true"]
+    main([*sources, *short, *quiet, "--output_dir", str(output_dir), *flags])
+    summary: dict[str, Any] = read(output_dir / "joint_summary.json")
+    for name, report in summary["rows"].items():
+        assert report["total"] == (64 if name.endswith("train") else 16)
+        assert report["kept"] + sum(report["dropped"].values()) == report["total"]
+    return summary
 
 
 @needs_shared
@@ -443,25 +319,7 @@ def test_a_reference_with_another_vocabulary_is_refused(
 def test_a_pretrained_model_trains_on_real_data(
     algo: str, tmp_path: Path, prepared: list[Setup]
 ) -> None:
-    data = SHARED / "data"
-    main(
-        [
-            *("--model_name_or_path", str(SHARED / "models" / "tinystories-656k")),
-            *("--sft_dataset", str(data / "sft_train.parquet")),
-            *("--sft_eval_dataset", str(data / "sft_eval.parquet")),
-            *("--dpo_dataset", str(data / "preference_train.parquet")),
-            *("--dpo_eval_dataset", str(data / "preference_eval.parquet")),
-            *("--max_train_rows", "64", "--max_eval_rows", "16", "--max_length", "48"),
-            *("--max_steps", "4", "--per_device_train_batch_size", "2", "--use_cpu", "true"),
-            *("--report_to", "none", "--save_strategy", "no", "--disable_tqdm", "true"),
-            *("--learning_rate", "1e-3", "--logging_steps", "1", "--algo", algo),
-            *("--output_dir", str(tmp_path)),
-        ]
-    )
-    summary = read(tmp_path / "joint_summary.json")
-    for name, report in summary["rows"].items():
-        assert report["total"] == (64 if name.endswith("train") else 16)
-        assert report["kept"] + sum(report["dropped"].values()) == report["total"]
+    summary = real_run(tmp_path, "--algo", algo, "--max_length", "48")
     assert summary["rows"]["dpo train"]["truncated"] > 0
     losses = held_out_losses(tmp_path, prepared[0])
     after = summary["held_out"]["after"]
@@ -472,18 +330,6 @@ def test_a_pretrained_model_trains_on_real_data(
 @needs_shared
 def test_dropped_rows_are_counted_in_the_summary(tmp_path: Path) -> None:
     """The prompts of the real pairs do not fit into 24 tokens when their start is kept."""
-    data = SHARED / "data"
-    argv = [
-        *("--model_name_or_path", str(SHARED / "models" / "tinystories-656k"), "--algo", "dpo"),
-        *("--dpo_dataset", str(data / "preference_train.parquet")),
-        *("--dpo_eval_dataset", str(data / "preference_eval.parquet")),
-        *("--max_train_rows", "64", "--max_eval_rows", "32", "--max_length", "64"),
-        *("--truncation_mode", "keep_start", "--max_dropped_share", "1"),
-        *("--max_steps", "1", "--use_cpu", "true"),
-        *("--report_to", "none", "--save_strategy", "no", "--disable_tqdm", "true"),
-        *("--output_dir", str(tmp_path)),
-    ]
-    main(argv)
-    report = read(tmp_path / "joint_summary.json")["rows"]["dpo train"]
-    assert report["dropped"]["no response token left by truncation"] > 0
-    assert report["kept"] + sum(report["dropped"].values()) == report["total"] == 64
+    flags = ("--max_length", "64", "--truncation_mode", "keep_start", "--max_dropped_share", "1")
+    summary = real_run(tmp_path, *flags)
+    assert summary["rows"]["dpo train"]["dropped"]["no response token left by truncation"] > 0

@@ -16,7 +16,6 @@ from llm.validate.predictions import comparison_quantities, lower_bounds, predic
 from llm.validate.quantities import measured
 from llm.validate.report import markdown
 from llm.validate.source import Comparison
-from theory.cli import UserError
 from theory.records import read_json
 
 
@@ -88,17 +87,6 @@ def test_quantities_of_a_comparison_meet_the_closed_forms(tmp_path: Path) -> Non
     assert cost.theory == pytest.approx(0.5)
     assert cost.measured == pytest.approx(0.5, rel=0.01)
     assert all(q.measured < 0.01 for q in lower_bounds(found))
-
-
-def test_mistakes_get_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no finished comparison"):
-        main(["--comparison", str(tmp_path / "none"), "--out", str(tmp_path / "out")])
-    with pytest.raises(UserError, match="--lams is not used without --run"):
-        main(["--lams", "0.5", "--out", str(tmp_path / "out")])
-    with pytest.raises(UserError, match="no intervals"):
-        main(["--study_seeds", "1", "--out", str(tmp_path / "out")])
-    with pytest.raises(UserError, match="cannot be combined"):
-        main(["--studies", "none", "clipping", "--out", str(tmp_path / "out")])
 
 
 def test_the_command_runs_compares_studies_writes_and_goes_on_where_it_stopped(

@@ -164,29 +164,24 @@ def test_every_set_of_lines_has_looks_of_its_own(names: set[str]) -> None:
 # --- the gap figure
 
 
-def test_the_numbers_returned_are_the_tables() -> None:
-    _, numbers = draw()
-    assert len(numbers) == len(PROBLEMS) * len(style.GAP_NAMES) * len(LINES) * len(STEPS)
-    for number in numbers:
-        intervals = expected_intervals(number["problem"], number["metric"], number["line"])
-        assert (number["mean"], number["low"], number["high"]) == intervals[number["step"]]
-    keys = {(n["problem"], n["metric"], n["line"], n["step"]) for n in numbers}
-    assert len(keys) == len(numbers)
-
-
-def test_the_lines_and_bands_drawn_are_the_numbers_returned() -> None:
+def test_the_numbers_returned_are_the_tables_and_the_lines_and_bands_drawn_are_they() -> None:
     figure, numbers = draw()
+    assert len(numbers) == len(PROBLEMS) * len(style.GAP_NAMES) * len(LINES) * len(STEPS)
     for (metric, problem), axes in panels(figure).items():
+        assert len(axes.collections) == len(LINES)
         for name, band in zip(LINES, axes.collections, strict=True):
-            line = line_of(axes, style.LABELS[name])
             key = (problem, metric, name)
             mine = [n for n in numbers if (n["problem"], n["metric"], n["line"]) == key]
-            assert list(line.get_xdata()) == [n["step"] for n in mine] == list(STEPS)
+            assert [n["step"] for n in mine] == list(STEPS)
+            intervals = expected_intervals(*key)
+            assert all((n["mean"], n["low"], n["high"]) == intervals[n["step"]] for n in mine)
+            line = line_of(axes, style.LABELS[name])
+            assert list(line.get_xdata()) == list(STEPS)
             assert list(line.get_ydata()) == [n["mean"] for n in mine]
-            assert line.get_color() == style.COLOURS[name]
-            assert line.get_marker() == style.MARKERS[name]
+            look = (line.get_color(), line.get_marker())
+            assert look == (style.COLOURS[name], style.MARKERS[name])
             corners = {(int(x), float(y)) for x, y in band.get_paths()[0].vertices}
-            assert {(n["step"], n[end]) for n in mine for end in ("low", "high")} <= corners
+            assert corners >= {(n["step"], n[end]) for n in mine for end in ("low", "high")}
 
 
 def test_dashed_lines_follow_the_best_split_at_each_step() -> None:
@@ -262,15 +257,10 @@ def test_a_single_seed_draws_without_a_band() -> None:
         assert 1e-6 < low < high < 1e3
 
 
-def test_drawing_leaves_no_global_state() -> None:
-    settings, open_figures = dict(mpl.rcParams), plt.get_fignums()
-    figure, _ = draw()
+def test_drawing_leaves_no_global_state_and_the_table_alone() -> None:
+    settings, open_figures, groups = dict(mpl.rcParams), plt.get_fignums(), hand_made_groups()
+    figure, _ = plotting.gap_figure(groups, references(), 0.5, EVEN_SPLIT)
     assert isinstance(figure, Figure)
     assert plt.get_fignums() == open_figures
     assert dict(mpl.rcParams) == settings
-
-
-def test_drawing_leaves_the_table_alone() -> None:
-    groups = hand_made_groups()
-    plotting.gap_figure(groups, references(), 0.5, EVEN_SPLIT)
     pd.testing.assert_frame_equal(groups, hand_made_groups())
