@@ -16,6 +16,7 @@ import pandas as pd
 from llm.validate.source import Comparison, read_comparison
 from theory.costs import Costs, cost_per_step
 from theory.records import write_json, write_parquet
+from theory.registry import typical_scheduler
 from theory.schedulers import ORDERS
 from theory.tasks import Task
 
@@ -67,7 +68,9 @@ def results() -> pd.DataFrame:
     rows = []
     for line, knob, x in ends:
         name = "sequential" if line in ORDERS else line
-        cost = cost_per_step(name, lam=knob, costs=Costs.cached(), p_dpo=knob)
+        cost = cost_per_step(
+            typical_scheduler(name, {"lam": knob}), costs=Costs.cached(), p_dpo=knob
+        )
         rows += [row(line, knob, x, seed, cost) for seed in SEEDS]
     return pd.DataFrame(rows)
 

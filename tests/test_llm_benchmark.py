@@ -194,7 +194,7 @@ def test_on_cuda_trl_has_its_own_target_memory_none_and_every_choice_a_place() -
     assert all(c.on("cpu") == c for suite in COMPARISONS.values() for c in suite)
     # A call is limited in time: two choices of suites may share a shape, not a file.
     cuda = ["--device", "cuda", "--shape", "pythia-1b"]
-    assert parse(cuda).out == Path("figures/data/gpu/pythia-1b")
+    assert parse(cuda).out == Path("runs/gpu/pythia-1b")
     assert parse([*cuda, "--suites", "dpo", "sft"]).out.name == "pythia-1b-dpo-sft"
 
 
@@ -302,7 +302,7 @@ def counts(steps: int, dpo: int, probes: int = 0, reuse: bool = False) -> Record
 @pytest.mark.parametrize(
     ("algo", "recorded", "expected"),
     [
-        ("mix", counts(10, 10), 3.0 + 12.0),
+        ("mix", counts(10, 10) | {"sft_steps": 10}, 3.0 + 12.0),
         ("alright", counts(10, 4), 0.6 * 3.0 + 0.4 * 12.0),
         ("sequential", counts(10, 10), 12.0),
         # A probe is a third of both steps: (3 + 12) / 3 = 5, every step or every tenth.
