@@ -7,12 +7,13 @@ both, or either:
   a call to whichever is free; here a process has a device or a number of threads of its own, set
   before it imports torch, and the benchmark asks a certain one for its next round, of which the
   trainer's state is in that process alone.
-- joblib's loky ends a worker whose memory has grown by 300 MB between two calls and starts another
-  in its place (`_MAX_MEMORY_LEAK_SIZE`). Training a model does that; the device would have to be
-  found again, and the problem loaded again.
+- joblib's loky ends a worker whose memory has grown by 300 MB since its first call and starts
+  another in its place (`_MAX_MEMORY_LEAK_SIZE`). Training a model does that; the device would have
+  to be found again, and the problem loaded again.
 - A worker of loky goes on after its parent was killed, until its call is over, which may be hours
-  of a device. (It is given no sentinel of its parent.)
-- loky has one executor for all of a process, so that `theory.sweep`'s call would end these workers.
+  of a device. (On POSIX it is given no sentinel of its parent.)
+- loky has one executor for all of a process, which a call with other arguments ends: `theory.sweep`
+  makes such calls.
 """
 
 from __future__ import annotations

@@ -57,23 +57,16 @@ CPU = {"run", "compare", "optima", "features", "preview"}
 REFUSED = {
     "run": """
 --lam 1.5                                   | lam is 1.5
---lam -0.1                                  | lam is -0.1
---lam nan                                   | lam is nan
 --lam half                                  | --lam
 --algo ppo                                  | ppo
 --algo maxright --refresh_every 0           | refresh_every is 0
 --algo maxright --value_ema 0               | value_ema is 0
 --algo sequential --split 1.1               | --split is 1.1
---algo sequential --split nan               | --split is nan
 --algo sequential --order both              | order is 'both'
 --algo importance --dpo_probability 1       | dpo_probability
 --algo alternate --cycle 0                  | cycle is 0
 --conflict -0.5                             | --conflict is -0.5
 --beta 0                                    | beta is 0
---beta -1                                   | beta is -1
---beta inf                                  | beta is inf
---label_smoothing 0.5                       | label_smoothing is 0.5
---label_smoothing -0.1                      | label_smoothing is -0.1
 --label_smoothing 0.1 --loss_type ipo       | label_smoothing
 --loss_type kto                             | loss_type is 'kto'
 --per_device_train_batch_size 0             | batch size

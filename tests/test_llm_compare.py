@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from _tiny import own_sources
 from transformers import AutoModelForCausalLM
 
 import llm.compare.pool
@@ -36,28 +36,17 @@ from theory.tasks import Task
 
 OPTIMUM = (0.3, 0.1)
 SHORT = ("--max_steps", "8", "--eval_steps", "4", "--logging_steps", "4", "--warmup_steps", "0")
-FILES = {
-    *("config.json", "results.parquet", "paths.parquet", "results.csv", "tuning.csv"),
-    *("summary.json", "table.md"),
-    *(f"{name}.{kind}" for name in ("paths", "gaps", "compute") for kind in ("png", "svg", "json")),
-}
 TIMES = ["seconds", "seconds_per_step"]
 
 
 @pytest.fixture
-def comparison(own: Callable[..., list[str]], tmp_path: Path) -> list[str]:
+def comparison(tmp_path: Path) -> list[str]:
     """The command line of a comparison of short runs on a saved tiny model."""
-    refused = ("--output_dir", "--save_strategy", "--report_to", "--learning_rate")
-    flags = own()
-    kept = [
-        token
-        for flag, value in zip(flags[::2], flags[1::2], strict=True)
-        if flag not in refused
-        for token in (flag, value)
-    ]
+    sources = [f"--{name}={source}" for name, source in own_sources(tmp_path).items()]
     shared = ("--eval_strategy", "steps", "--kl_rows", "0", "--beta", "0.5", "--seeds", "2")
     grid = ("--lams", "0.25", "0.5", "--splits", "0.5", "--learning_rates", "1e-3", "1e-2")
-    return [*kept, *SHORT, *shared, *grid, "--jobs", "1", "--out", str(tmp_path / "compare")]
+    quiet = ("--use_cpu", "true", "--disable_tqdm", "true", "--jobs", "1")
+    return [*sources, *quiet, *SHORT, *shared, *grid, "--out", str(tmp_path / "compare")]
 
 
 @pytest.fixture
@@ -216,33 +205,8 @@ def test_what_decides_a_result_is_in_its_name(
 # --- the command
 
 
-@pytest.fixture
-def experiments(monkeypatch: pytest.MonkeyPatch) -> list[Experiment]:
-    """What the commands of this test have measured."""
-    found: list[Experiment] = []
-    run_experiment = llm.compare.__main__.run_experiment
-
-    def recorded(*arguments: Any) -> Experiment:
-        found.append(run_experiment(*arguments))
-        return found[-1]
-
-    monkeypatch.setattr(llm.compare.__main__, "run_experiment", recorded)
-    return found
-
-
 def results_of(out: Path) -> pd.DataFrame:
     return pd.read_parquet(out / "results.parquet").drop(columns=TIMES)
-
-
-@pytest.fixture
-def pieces() -> Iterator[list[subprocess.Popen[bytes]]]:
-    """Processes to end with the test."""
-    started: list[subprocess.Popen[bytes]] = []
-    yield started
-    for process in started:
-        if process.poll() is None:
-            process.kill()
-        process.wait()
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 300.0) -> None:
@@ -253,24 +217,24 @@ def wait_until(condition: Callable[[], bool], seconds: float = 300.0) -> None:
 
 
 def test_killed_and_started_again_the_comparison_ends_with_the_same_table(
-    comparison: list[str], tmp_path: Path, pieces: list[subprocess.Popen[bytes]]
+    comparison: list[str], tmp_path: Path
 ) -> None:
     """Two processes until SIGKILL, one process for the rest, against one process from the start."""
     out, straight = tmp_path / "compare", tmp_path / "straight"
     comparison += ["--algos", "mix", "maxright", "--lams", "0.5"]  # 16 runs
-    in_two = [*comparison, "--jobs", "2"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "llm.compare", *in_two],
+    with subprocess.Popen(
+        [sys.executable, "-m", "llm.compare", *comparison, "--jobs", "2"],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-    )
-    pieces.append(process)
-    wait_until(lambda: len(list(out.glob("runs/*/result.json"))) >= 5 or process.poll() is not None)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    workers = [int(pid) for pid in children.read_text().split()] if children.exists() else []
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    ) as process:
+        try:
+            wait_until(lambda: len(list(out.glob("runs/*/result.json"))) >= 5)
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+            workers = [int(pid) for pid in children.read_text().split()]
+        finally:
+            process.kill()
+    assert len(workers) >= 2
     kept = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/result.json")}
     assert not (out / "results.csv").exists()
 
@@ -281,25 +245,30 @@ def test_killed_and_started_again_the_comparison_ends_with_the_same_table(
     wait_until(lambda: not any(Path(f"/proc/{pid}/cmdline").exists() for pid in workers))
 
 
-def test_the_command_writes_everything_and_goes_on_after_a_run_that_diverges(
+def test_the_command_goes_on_after_a_run_that_diverges(
     comparison: list[str],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    experiments: list[Experiment],
     tmp_path: Path,
 ) -> None:
+    experiments: list[Experiment] = []
+    run_experiment = llm.compare.__main__.run_experiment
+
+    def recorded(*arguments: Any) -> Experiment:
+        experiments.append(run_experiment(*arguments))
+        return experiments[-1]
+
     def sabotaged(setup: Setup, run: Any, which: Run, *rest: Any) -> Any:
         wild = which.line == "mix" and which.seed == 1
         tried = replace(which, learning_rate=1e30) if wild else which
         return train(setup, run, tried, *rest) | {"run": asdict(which)}
 
     monkeypatch.setattr(llm.compare.workers, "train", sabotaged)
+    monkeypatch.setattr(llm.compare.__main__, "run_experiment", recorded)
     main([*comparison, "--max_grad_norm", "0", "--lams", "0.5", "--orders", "sft_then_dpo"])
     out = tmp_path / "compare"
-    assert {path.name for path in out.iterdir()} == FILES | {"runs"}
     summary = json.loads((out / "summary.json").read_text())
     assert len(summary["failures"]) == 2  # one per budget
-    assert not [path for path in out.rglob("*") if path.name.endswith(".tmp")]
     table = (out / "table.md").read_text()
     assert "Mix (1 failed)" in table
     assert "runs failed" in capsys.readouterr().out

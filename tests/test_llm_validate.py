@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 from _line import comparison, moved, results
+from _tiny import own_sources
 
-from llm.compare.settings import SET_HERE
 from llm.validate.__main__ import main
 from llm.validate.predictions import comparison_quantities, lower_bounds, predict
 from llm.validate.quantities import measured
@@ -90,15 +89,11 @@ def test_quantities_of_a_comparison_meet_the_closed_forms(tmp_path: Path) -> Non
 
 
 def test_the_command_runs_compares_studies_writes_and_goes_on_where_it_stopped(
-    tmp_path: Path, own: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tokens = own("--logging_steps", "1")
-    shared = [
-        token
-        for flag, value in zip(tokens[::2], tokens[1::2], strict=True)
-        if flag[2:] not in SET_HERE
-        for token in (flag, value)
-    ]
+    shared = [f"--{name}={source}" for name, source in own_sources(tmp_path).items()]
+    shared += ["--use_cpu", "true", "--disable_tqdm", "true", "--max_steps", "6"]
+    shared += ["--logging_steps", "1"]
     out = tmp_path / "validate"
     study = ["--comparison", str(tmp_path / "compare"), "--out", str(out), "--study_seeds", "2"]
     study += ["--study_steps", "4", "--periods", "1", "2"]

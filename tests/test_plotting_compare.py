@@ -53,12 +53,9 @@ def hand_made_paths() -> pd.DataFrame:
 
 
 def entry_of(summary: dict[str, Any], budget: str, line: str, knob: float) -> dict[str, Any]:
-    (entry,) = (
-        e
-        for e in summary["settings"]
-        if (e["budget"], e["line"], e["knob"]) == (budget, line, knob)
-    )
-    return entry
+    key = (budget, line, knob)
+    (entry,) = (e for e in summary["settings"] if (e["budget"], e["line"], e["knob"]) == key)
+    return dict(entry)
 
 
 def render(figure: Figure) -> None:
