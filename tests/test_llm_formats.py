@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,17 @@ def test_a_directory_is_read_by_split(tmp_path: Path) -> None:
     assert load_rows(str(folder), split="test").to_list() == ROWS[3:]
     assert load_rows(str(folder), split="train[:1]").to_list() == ROWS[:1]
     assert load_rows(str(folder), split="test", limit=1, streaming=True).to_list() == ROWS[3:4]
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "set/train.jsonl"])
+def test_an_edited_file_is_read_anew_whatever_its_time_says(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    source = str(path.parent if "/" in name else path)
+    for word in ("one", "two", "one"):
+        write(path, [{"prompt": "p", "completion": word}])
+        os.utime(path, (1e9, 1e9))
+        assert load_rows(source)[0]["completion"] == word
 
 
 def test_hub_ids_reach_load_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
