@@ -30,6 +30,7 @@ from llm.optima import Optimum, find_optimum
 from llm.setup import Setup, make_trainer, prepare, total_steps
 from llm.train.callbacks import JsonLines
 from llm.train.checkpoints import intact, newest_intact
+from llm.train.free import NOT_PART_OF_A_RUN, differing, flat
 from llm.train.trainer import JointTrainer
 from theory.cli import UserError, run_command
 from theory.metrics import ideal_distance, mix_value
@@ -41,10 +42,6 @@ from theory.tasks import Task
 CONFIG_FILE, SUMMARY_FILE = "joint_config.json", "joint_summary.json"
 METRICS_FILE, SCHEDULE_FILE = "metrics.jsonl", "schedule.json"
 CARD_TITLES = {"f_mix": "f_Mix", "ideal_distance": "ideal distance"}
-NOT_PART_OF_A_RUN = {
-    *("output_dir", "overwrite_output_dir", "disable_tqdm"),
-    *("resume_from_checkpoint", "force_resume", "reference_cache"),
-}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -232,11 +229,11 @@ def claim(output_dir: Path, training: JointArguments, mine: dict[str, Any]) -> N
         raise UserError(f"--output_dir {output_dir} exists and is not a directory")
     record, done = output_dir / CONFIG_FILE, output_dir / SUMMARY_FILE
     if done.exists() and not training.overwrite_output_dir:
-        theirs = read_json(record) if record.exists() else None
-        if theirs != mine:
+        theirs = read_json(record) if record.exists() else {}
+        if names := differing(flat(theirs), flat(mine)):
             raise UserError(
-                f"--output_dir {output_dir} holds the results of a run with other settings; "
-                "name another directory or pass --overwrite_output_dir true"
+                f"--output_dir {output_dir} holds the results of a run with other settings "
+                f"({', '.join(names)}); name another directory or pass --overwrite_output_dir true"
             )
     if training.process_index == 0:
         done.unlink(missing_ok=True)

@@ -29,8 +29,10 @@ from llm.model.reference import (
     check_reference,
     check_start,
     starts_at_reference,
+    weights_digest,
 )
 from llm.model.samples import samples_of_run
+from llm.train.free import RESUME, counting
 from llm.train.streams import open_streams, steps_per_epoch
 from llm.train.trainer import JointTrainer
 from llm.train.values import split_values
@@ -51,6 +53,8 @@ class Setup:
     objectives: Mapping[Task, LanguageObjective]
     train: Mapping[Task, Encoded]
     held_out: Mapping[Task, Encoded]
+    policy: str
+    """What the initial policy is: a digest of its weights and configuration, or its seed."""
     reference_samples: ReferenceSamples | None = None
 
 
@@ -67,6 +71,7 @@ def prepare(config: RunConfig, say: Callable[[str], None] = print) -> Setup:
     policies = _embedded_policies(config, tokenizer) if config.embedded else _own_policies(config)
     policy = policies.first
     check_reference(config, policy)
+    identity = _identity_of(config, policy)
     train, held_out = encode_data(config, tokenizer, raw, policy.config, say)
     check_data(config, (train, held_out))
     training, pad = config.training, tokenizer.pad_token_id
@@ -90,6 +95,7 @@ def prepare(config: RunConfig, say: Callable[[str], None] = print) -> Setup:
         {task: objectives[task] for task in raw},
         train,
         held_out,
+        identity,
         samples,
     )
 
@@ -201,6 +207,11 @@ def _own_rows_of(config: RunConfig, task: Task, say: Callable[[str], None]) -> t
     return parts["train"], held_out
 
 
+def _identity_of(config: RunConfig, policy: Any) -> str:
+    """The embedded policy is trained here, and another machine rounds otherwise."""
+    return f"embedded, seed {config.training.seed}" if config.embedded else weights_digest(policy)
+
+
 def _own_policies(config: RunConfig) -> _Policies:
     return _Policies(lambda: load_policy(config.model))
 
@@ -273,6 +284,7 @@ def make_trainer(
         processing_class=setup.tokenizer,
         callbacks=callbacks,
         description=description,
+        settings=counting(config.model, config.data, free=RESUME),
     )
 
 

@@ -14,16 +14,11 @@ from llm.flags.arguments import RunConfig
 from llm.loss.evaluate import by_length, device_of, evaluating
 from llm.loss.objectives import LanguageObjective, Row, move
 from llm.setup import Setup, make_trainer, total_steps
-from llm.train.identity import OPTIMISER_SETTINGS, reference_of, settings
+from llm.train.free import FREE, OPTIMA, counting
+from llm.train.identity import reference_of, rows_of_step
 from theory.records import digest, read_json, write_json
 from theory.registry import make_scheduler
 from theory.tasks import Task
-
-STEP_SETTINGS = ("gradient_accumulation_steps", "world_size", "data_seed")
-EVALUATION_SETTINGS = ("eval_strategy", "eval_steps")
-"""The lowest held-out loss along a run depends on where it is measured."""
-MODEL_SETTINGS = ("model_name_or_path", "model_revision", "dtype", "load_in_4bit", "use_peft")
-ADAPTER_SETTINGS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
 
 
 @dataclass(frozen=True)
@@ -142,23 +137,15 @@ def gradient_norm(
 
 def problem(setup: Setup, config: RunConfig) -> dict[str, str]:
     """What the optimal losses belong to, by name: data, losses, reference and model."""
-    training = config.training
     described = {
         f"{task.label} data": digest([fingerprint(part[task]) for part in _parts(setup)])
         for task in setup.train
     }
+    for task, objective in setup.objectives.items():
+        described[f"{task.label} loss"] = repr(_whatever_the_batches(objective))
     if Task.DPO in setup.train:
-        described["dpo loss"] = (
-            f"{training.loss_type}, beta {training.beta}, smoothing {training.label_smoothing}"
-        )
         described["reference"] = reference_of(setup.train[Task.DPO].rows)
-    if config.embedded:
-        described["model"] = f"embedded, seed {training.seed}"
-    else:
-        names = MODEL_SETTINGS + (ADAPTER_SETTINGS if config.model.use_peft else ())
-        values = asdict(config.model)
-        described["model"] = ", ".join(f"{name} {values[name]}" for name in names)
-    return described
+    return described | {"model": setup.policy} | counting(config.model, free=FREE)
 
 
 def estimate_fingerprint(setup: Setup, config: RunConfig) -> str:
@@ -170,12 +157,18 @@ def estimate_fingerprint(setup: Setup, config: RunConfig) -> str:
 def _trained_by(setup: Setup, config: RunConfig) -> dict[str, Any]:
     """All that a single run depends on but its number of steps and its learning rate."""
     training = config.training
-    names = OPTIMISER_SETTINGS + STEP_SETTINGS + EVALUATION_SETTINGS
+    seed = training.seed if training.data_seed is None else training.data_seed
     return {
         "problem": problem(setup, config),
-        "batches": [training.batch_size(task) for task in Task],
-        "training": settings(training, [name for name in names if name != "learning_rate"]),
+        "batches": [rows_of_step(training, training.batch_size(task)) for task in Task],
+        "order": seed,
+        "settings": counting(training, free=OPTIMA),
     }
+
+
+def _whatever_the_batches(objective: Any) -> Any:
+    """Packed or padded, the values are the same."""
+    return replace(objective, packing=True)
 
 
 def _parts(setup: Setup) -> tuple[Mapping[Task, Any], Mapping[Task, Any]]:

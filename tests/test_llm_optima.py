@@ -238,6 +238,7 @@ def test_the_optima_of_another_problem_are_refused(setup: Setup, tmp_path: Path)
     path.write_text(json.dumps(record))
     assert find_optimum(setup, config, silent) == (0.25, 0.5)
     other = parse(short_run(tmp_path / "out", "--optima", str(path), "--beta", "0.3"))
+    setup = prepare(other, silent)
     with pytest.raises(UserError, match="measured with another dpo loss; estimate anew") as caught:
         find_optimum(setup, other, silent)
     assert "\n" not in str(caught.value)
@@ -254,7 +255,7 @@ def test_the_problem_names_what_differs(setup: Setup, tmp_path: Path) -> None:
         return {name for name in mine if mine[name] != theirs[name]}
 
     assert differing("--learning_rate", "0.1", "--max_steps", "5", "--lam", "0.1") == set()
-    assert differing("--loss_type", "ipo") == {"dpo loss"}
+    assert differing("--loss_type", "ipo", prepare_anew=True) == {"dpo loss"}
     assert differing("--max_eval_rows", "10", prepare_anew=True) == {"dpo data", "sft data"}
     assert differing("--seed", "3", prepare_anew=True) >= {"model", "dpo data", "sft data"}
 

@@ -25,8 +25,9 @@ from llm.report.command import OTHERWISE, command
 from llm.report.figures import curve, decisions_figure, dpo_shares, losses_figure, window_means
 from llm.report.page import drawn, environment
 from llm.report.record import read_run
-from llm.run import CONFIG_FILE, NOT_PART_OF_A_RUN
+from llm.run import CONFIG_FILE
 from llm.run import main as run
+from llm.train.free import NOT_PART_OF_A_RUN
 from theory.tables import Strong
 
 VOID = {"meta", "link", "br", "img", "hr"}

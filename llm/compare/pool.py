@@ -19,15 +19,11 @@ from llm.compare.settings import RUNS, CompareConfig
 from llm.compare.workers import Job, Workers, with_flags
 from llm.flags.arguments import RunConfig
 from llm.setup import Setup
-from llm.single_runs import EVALUATION_SETTINGS, STEP_SETTINGS, problem
-from llm.train.identity import OPTIMISER_SETTINGS, settings
+from llm.single_runs import problem
+from llm.train.free import COMPARISON, counting
 from theory.records import digest, digest_of_code, read_json, write_json
-from theory.tasks import Task
 
 RESULT = "result.json"
-SCHEDULE_SETTINGS = ("schedule", "value_source", "value_rows")
-OWN_SETTINGS = {"learning_rate", "seed", "data_seed"}
-"""Settings that a `Run` holds."""
 CODE = (
     *("llm.data", "llm.loss", "llm.model", "llm.train", "llm.setup", "llm.single_runs"),
     *("llm.compare.runs", "theory.schedulers", "theory.randomness"),
@@ -87,17 +83,12 @@ class Pool:
 
 def shared_fingerprint(config: RunConfig, setup: Setup) -> str:
     """Of everything but the fields of a `Run`: problem, settings, code, libraries, device type."""
-    training = config.training
-    names = {*OPTIMISER_SETTINGS, *STEP_SETTINGS, *EVALUATION_SETTINGS, *SCHEDULE_SETTINGS}
     identity = {
         "problem": problem(setup, config),
-        "batches": [training.batch_size(task) for task in Task] + [training.max_tokens_per_batch],
-        "training": settings(training, sorted(names - OWN_SETTINGS)),
-        "evaluation": training.per_device_eval_batch_size,
-        "kl_rows": training.kl_rows,
+        "settings": counting(config.training, free=COMPARISON),
         "code": code_digest(),
         "libraries": [torch.__version__, transformers.__version__],
-        "device": training.device.type,
+        "device": config.training.device.type,
     }
     return digest(identity)
 

@@ -1,9 +1,10 @@
 """The reference policy of DPO: which model it is, and its log-probabilities, computed once.
 
 They are kept on disk under a fingerprint of everything that determines them: the weights and
-configuration of the reference, the token ids (so the data, the tokenizer and the truncation), the
-precision, and the version of this code and of the libraries. A file is used only if its whole
-fingerprint and its checksum are right; otherwise the values are computed again, and a line says so.
+configuration of the reference, the token ids (so the data, the tokenizer and the truncation), how
+the model is loaded, packing and precision, and the version of this code and of the libraries. A
+file is used only if its whole fingerprint and its checksum are right; otherwise the values are
+computed again, and a line says so.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from llm.flags.arguments import RunConfig
 from llm.loss.evaluate import evaluate_objective, with_reference_logps
 from llm.loss.objectives import LanguageObjective, Row
 from llm.model.load import load_reference
+from llm.train.free import REFERENCE, counting, flat
+from llm.train.identity import configurations
 from theory.cli import UserError
 from theory.records import digest, digest_of_code, read_json, write_json
 
@@ -111,7 +114,8 @@ def add_reference_logps(
     with reference_model(config, policy) as reference:
         common = {
             "reference": weights_digest(reference, base_only=config.model.reference == "base"),
-            **_numerics(config),
+            **numerics(config),
+            "packing": str(packing),
         }
         filled = []
         for part in parts:
@@ -224,7 +228,8 @@ def weights_digest(model: Any, *, base_only: bool = False) -> str:
 
     `base_only` leaves out LoRA adapters, which are switched off under `--reference base`.
     """
-    weights = hashlib.sha256(_settings_of(model, base_only).encode())
+    settings = configurations(model, base_only=base_only)
+    weights = hashlib.sha256(json.dumps(flat(settings)).encode())
     for name, value in model.state_dict().items():
         if base_only and "lora_" in name:
             continue
@@ -234,25 +239,12 @@ def weights_digest(model: Any, *, base_only: bool = False) -> str:
     return weights.hexdigest()
 
 
-def _settings_of(model: Any, base_only: bool) -> str:
-    """What turns the same weights into another function: the configuration and the adapters'."""
-    settings = [model.config.to_dict() | {"attention": model.config._attn_implementation}]
-    if not base_only:
-        settings += [adapter.to_dict() for adapter in getattr(model, "peft_config", {}).values()]
-    for each in settings:  # where a model lies, or who trains it, changes nothing
-        for name in ("_name_or_path", "base_model_name_or_path", "inference_mode", "revision"):
-            each.pop(name, None)
-    return json.dumps(settings, sort_keys=True, default=_plain)
-
-
-def _plain(value: Any) -> Any:
-    return sorted(value) if isinstance(value, set) else str(value)
-
-
-def _numerics(config: RunConfig) -> dict[str, str]:
+def numerics(config: RunConfig) -> dict[str, str]:
+    """What the same weights and tokens still need to give the same log-probabilities."""
     training = config.training
     mixed = "float16" if training.fp16 else "bfloat16" if training.bf16 else "no"
     return {
+        **counting(config.model, free=REFERENCE),
         "precision": f"{mixed} autocast on {training.device.type}, tf32 {training.tf32}",
         "code": _code_digest(),
         "libraries": f"torch {torch.__version__}, transformers {transformers.__version__}",

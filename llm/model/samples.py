@@ -19,7 +19,7 @@ from llm.flags.arguments import RunConfig
 from llm.loss.evaluate import device_of, evaluating
 from llm.loss.kl import ReferenceSamples, score
 from llm.loss.objectives import Row
-from llm.model.reference import mixed_precision, reference_model
+from llm.model.reference import mixed_precision, numerics, reference_model
 from theory.records import digest, read_json, write_json
 
 FILE = "kl_samples.json"
@@ -82,7 +82,7 @@ def samples_of_run(
     """Samples of the reference of `config` on the prompts of `rows`; None with `--kl_rows 0`.
 
     An earlier start of the same run has left them in the output directory: the same rows with the
-    same log-probabilities of the reference, the same options.
+    same log-probabilities of the reference, the same options, precision, code and libraries.
     """
     training = config.training
     if training.kl_rows == 0:
@@ -94,7 +94,8 @@ def samples_of_run(
         "seed": training.seed,
         "packing": packing,
     }
-    path, key = Path(config.output_dir) / FILE, _key(rows, training.kl_rows, options)
+    key = _key(rows, options | {"count": training.kl_rows} | numerics(config))
+    path = Path(config.output_dir) / FILE
     samples = _read(path, key, packing)
     if samples is None:
         say(f"drawing {training.kl_rows} responses from the reference, for the KL to it")
@@ -114,9 +115,9 @@ def _read(path: Path, key: str, packing: bool) -> ReferenceSamples | None:
         return None
 
 
-def _key(rows: Sequence[Row], count: int, options: dict[str, Any]) -> str:
+def _key(rows: Sequence[Row], options: dict[str, Any]) -> str:
     logps = [[row["ref_chosen_logps"], row["ref_rejected_logps"]] for row in rows]
-    return digest([fingerprint_rows(rows), logps, count, options])
+    return digest([fingerprint_rows(rows), logps, options])
 
 
 def _complete(

@@ -2,9 +2,8 @@
 
 A resumed run must be the run that was never interrupted. So a checkpoint holds, in words that can
 be shown, everything that its weights depend on; the run that continues it is compared entry by
-entry. Free to change: what is logged, saved or evaluated, where it is written, and how the rows of
-a step are shared among devices and micro-batches (their number per step is what counts). With a
-constant learning rate the number of steps is free too; one that decays depends on it.
+entry. Every setting counts but those that `llm.train.free` names, with the reason. With a constant
+learning rate the number of steps is free too; one that decays depends on it.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from llm.data.encode import fingerprint_rows
 from llm.loss.objectives import LanguageObjective, Row
+from llm.train.free import RESUME, counting, differing, flat
 from llm.train.streams import SampleStream
 from theory.cli import UserError
 from theory.records import read_json
@@ -30,15 +30,14 @@ STATE_KEY = "JointTrainer"
 """Where the trainer's own state stands in a checkpoint's trainer_state.json."""
 
 Identity = dict[str, str]
-OPTIMISER_SETTINGS = (
-    *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
-    *("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay"),
-    *("max_grad_norm", "clipping", "bf16", "fp16", "seed"),
-)
-"""Settings of TrainingArguments (and ours) that shape every step."""
+NOT_SET = "not set"
 ENDLESS = ("constant", "constant_with_warmup")
 """Schedules of the learning rate that do not depend on the number of steps."""
-ADAPTER_SETTINGS = ("r", "lora_alpha", "lora_dropout", "target_modules")
+PLACES = (
+    *("_name_or_path", "base_model_name_or_path", "revision", "inference_mode"),
+    *("transformers_version", "peft_version"),
+)
+"""Of the configurations of models and adapters: where they lie and who wrote them."""
 SAMPLE = 8
 """Entries of each frozen tensor that tell one base model from another."""
 
@@ -53,6 +52,7 @@ def run_identity(
     streams: Mapping[Task, SampleStream],
     train_rows: Mapping[Task, Sequence[Row]],
     value_rows: Mapping[Task, Sequence[Row]],
+    settings: Mapping[str, str],
 ) -> Identity:
     """Everything that the weights of a run depend on, by the name that a refusal shows.
 
@@ -60,22 +60,18 @@ def run_identity(
     """
     identity = {
         "schedule": schedule,
-        "model": describe_model(model),
-        **settings(args, OPTIMISER_SETTINGS),
+        **describe_model(model),
+        **settings,
+        **counting(args, free=RESUME),
     }
     if not _endless(args):
         identity["number of steps"] = str(num_steps)
-    per_step = args.gradient_accumulation_steps * args.world_size
     for task, stream in streams.items():
         rows = train_rows[task]
         identity[f"{task.label} loss"] = repr(objectives[task])
         identity[f"{task.label} data"] = fingerprint_rows(rows)
         identity[f"{task.label} order"] = f"seed {stream.seed}"
-        identity[f"{task.label} batch"] = (
-            f"{stream.batch_size * per_step} rows a step"
-            if stream.max_tokens is None
-            else f"{per_step} times {stream.max_tokens} tokens a step"
-        )
+        identity[f"{task.label} batch"] = rows_of_step(args, stream.batch_size)
         if rows and "ref_chosen_logps" in rows[0]:
             identity[f"{task.label} reference"] = reference_of(rows)
     for task, rows in value_rows.items():
@@ -83,32 +79,49 @@ def run_identity(
     return identity
 
 
+def rows_of_step(args: TrainingArguments, batch_size: int) -> str:
+    """What a step of one objective draws, over all its micro-batches and ranks."""
+    per_step = args.gradient_accumulation_steps * args.world_size
+    max_tokens = getattr(args, "max_tokens_per_batch", None)
+    if max_tokens is None:
+        return f"{batch_size * per_step} rows a step"
+    return f"{per_step} times {max_tokens} tokens a step"
+
+
 def check_resume(
-    checkpoint: Path, mine: Mapping[str, str], *, force: bool, say: Callable[[str], None] = print
+    checkpoint: Path,
+    mine: Mapping[str, str],
+    *,
+    num_steps: int,
+    force: bool,
+    say: Callable[[str], None] = print,
 ) -> None:
     """Refuse the checkpoint of another run, or with `force` say what differs, a line for each.
 
-    Raises UserError, in one line that names every difference.
+    Raises UserError, in one line that names every difference; also, forced or not, for a
+    checkpoint that lies beyond the `num_steps` of the run.
     """
-    state = read_json(checkpoint / TRAINER_STATE_NAME)["stateful_callbacks"].get(STATE_KEY)
-    if state is None:
+    state = read_json(checkpoint / TRAINER_STATE_NAME)
+    own = state["stateful_callbacks"].get(STATE_KEY)
+    if own is None:
         raise UserError(f"{checkpoint} was not written by this trainer: it has no schedule")
-    saved = state["identity"]
-    names = sorted(name for name in saved.keys() | mine.keys() if saved.get(name) != mine.get(name))
-    differences = [f"{name} is {saved.get(name)}, here {mine.get(name)}" for name in names]
+    saved = own["identity"]
+    differences = [
+        f"{name} is {saved.get(name, NOT_SET)}, here {mine.get(name, NOT_SET)}"
+        for name in differing(saved, mine)
+    ]
     if differences and not force:
         raise UserError(
             f"the checkpoint belongs to another run: its {'; its '.join(differences)} "
             "(--force_resume true continues it nevertheless)"
         )
+    if state["global_step"] > num_steps:
+        raise UserError(
+            f"{checkpoint} is of step {state['global_step']}, beyond the {num_steps} steps of this "
+            "run: name an older one, or raise --max_steps"
+        )
     for difference in differences:
         say(f"--force_resume: the checkpoint's {difference}")
-
-
-def settings(args: TrainingArguments, names: Iterable[str]) -> Identity:
-    """The settings among `names` that `args` has, as text; enumerations by their value."""
-    values = {name: getattr(args, name) for name in names if hasattr(args, name)}
-    return {name: str(getattr(value, "value", value)) for name, value in values.items()}
 
 
 def _endless(args: TrainingArguments) -> bool:
@@ -117,21 +130,34 @@ def _endless(args: TrainingArguments) -> bool:
     return kind in ENDLESS and not 0 < args.warmup_steps < 1
 
 
-def describe_model(model: Any) -> str:
-    """Kind, size, adapter and a digest of a sample of the frozen weights."""
+def describe_model(model: Any) -> Identity:
+    """Kind and size, configuration, adapters, and a digest of a sample of the frozen weights.
+
+    The trained weights are the checkpoint's.
+    """
     parameters = list(model.parameters())
     counts = [sum(map(_numel, group)) for group in (parameters, _trainable(parameters))]
-    parts = [f"{model.config.model_type} of {counts[0]} parameters, {counts[1]} trained"]
-    for name, config in getattr(model, "peft_config", {}).items():
-        values = config.to_dict()
-        chosen = {key: values.get(key) for key in ADAPTER_SETTINGS}
-        if isinstance(chosen["target_modules"], set):
-            chosen["target_modules"] = sorted(chosen["target_modules"])
-        parts.append(f"adapter {name} {chosen}")
+    size = f"{model.config.model_type} of {counts[0]} parameters, {counts[1]} trained"
+    described = {"model": size, **flat(configurations(model), "model ")}
     frozen = [each for each in parameters if not each.requires_grad]
     if frozen and not any(hasattr(each, "full_tensor") for each in frozen):  # sharded: no sample
-        parts.append(f"frozen weights {_sampled(frozen)}")
-    return ", ".join(parts)
+        described["frozen weights"] = _sampled(frozen)
+    return described
+
+
+def configurations(model: Any, *, base_only: bool = False) -> dict[str, Any]:
+    """What turns the same weights into another function: the configurations, whole.
+
+    `base_only` leaves out those of adapters.
+    """
+    adapters = {} if base_only else getattr(model, "peft_config", {})
+    whole = {"config": model.config, **{f"adapter {name}": own for name, own in adapters.items()}}
+    found = {
+        name: {key: value for key, value in own.to_dict().items() if key not in PLACES}
+        for name, own in whole.items()
+    }
+    found["config"]["attention"] = model.config._attn_implementation
+    return found
 
 
 def _sampled(tensors: Iterable[torch.Tensor]) -> str:
@@ -145,8 +171,9 @@ def _sampled(tensors: Iterable[torch.Tensor]) -> str:
 
 def reference_of(rows: Sequence[Mapping[str, Any]]) -> str:
     """Four digits tell references apart and forgive the rounding of another machine."""
-    total = math.fsum(row["ref_chosen_logps"] + row["ref_rejected_logps"] for row in rows)
-    return f"mean log-probability {total / (2 * len(rows)):.4g}"
+    keys = ("ref_chosen_logps", "ref_rejected_logps")
+    means = [math.fsum(row[key] for row in rows) / len(rows) for key in keys]
+    return "mean log-probabilities {:.4g} and {:.4g}".format(*means)
 
 
 def _trainable(parameters: Iterable[Any]) -> list[Any]:

@@ -61,6 +61,7 @@ class JointTrainer(ReportingTrainer):
         batch_sizes: rows (pairs) per device and micro-batch of each task.
         processing_class: the tokenizer; its pad token pads the batches.
         description: what the progress bar calls the run.
+        settings: what model and data were set to, in words that a refusal to resume shows.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class JointTrainer(ReportingTrainer):
         processing_class: Any,
         callbacks: list[TrainerCallback] | None = None,
         description: str = "training",
+        settings: Mapping[str, str] | None = None,
     ) -> None:
         if scheduler.runs != ():
             raise ValueError("the trainer takes one run; this scheduler holds a batch of runs")
@@ -85,6 +87,7 @@ class JointTrainer(ReportingTrainer):
         self.train_rows, self.batch_sizes = dict(train_rows), dict(batch_sizes)
         self.value_rows, self.reference_samples = dict(value_rows or {}), reference_samples
         self.pad_token_id = int(processing_class.pad_token_id)
+        self._settings = dict(settings or {})
         # The losses below are normalised by the whole step's items already: see `compute_loss`.
         super().__init__(
             model=model,
@@ -300,6 +303,7 @@ class JointTrainer(ReportingTrainer):
             streams=self.streams,
             train_rows=self.train_rows,
             value_rows=self.value_rows,
+            settings=self._settings,
         )
 
     @property
@@ -317,7 +321,8 @@ class JointTrainer(ReportingTrainer):
     def _check_resume(self, checkpoint: Path | None) -> None:
         mine = self._identity  # taken now: sharding will hide the weights
         if checkpoint is not None:
-            check_resume(checkpoint, mine, force=getattr(self.args, "force_resume", False))
+            force = getattr(self.args, "force_resume", False)
+            check_resume(checkpoint, mine, num_steps=self.num_steps, force=force)
 
     def _restore(self, saved: dict[str, Any]) -> None:
         self.schedule = ScheduleState.from_json(saved["schedule"])
