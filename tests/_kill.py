@@ -21,6 +21,7 @@ if __name__ == "__main__":  # run by path: the package and the helpers are not i
 
 import torch
 
+import llm.run
 import llm.train.checkpoints
 from llm.data import embedded
 from llm.run import main
@@ -33,6 +34,7 @@ FLAGS = (
     *("--max_steps", "12", "--save_strategy", "steps", "--save_steps", "3"),
     *("--save_total_limit", "2", "--eval_strategy", "no", "--logging_steps", "1"),
     *("--max_train_rows", "40", "--max_eval_rows", "8", "--per_device_train_batch_size", "4"),
+    *("--lr_scheduler_type", "constant"),  # at a rate of zero a step too many would not show
     *("--use_cpu", "true", "--disable_tqdm", "true", "--kl_rows", "0"),
 )
 
@@ -104,12 +106,18 @@ def while_an_old_one_is_deleted() -> None:
     shutil.rmtree = fatal
 
 
+def behind_the_last_step() -> None:
+    """All is trained, logged and saved; the summary is not."""
+    llm.run.finish = lambda *_: die()
+
+
 MOMENTS: dict[str, Callable[[], None]] = {
     "in a step": in_a_step,
     "in a file": in_a_file,
     "before the seal": before_the_seal,
     "before the rename": before_the_rename,
     "while an old one is deleted": while_an_old_one_is_deleted,
+    "behind the last step": behind_the_last_step,
 }
 
 

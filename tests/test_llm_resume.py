@@ -24,11 +24,13 @@ from _resume import (
 from _tiny import (
     assert_moved,
     assert_same_weights,
+    eval_rows,
     make_policy,
     make_trainer,
 )
 from safetensors.torch import load_file
 
+from llm.train.callbacks import JsonLines
 from llm.train.trainer import STATE_KEY
 from theory.cli import UserError
 from theory.schedulers import (
@@ -71,6 +73,36 @@ def test_a_resumed_run_is_the_straight_run_bit_for_bit(
         not torch.equal(value, start)
         for value, start in zip(straight.model.parameters(), model(0).parameters(), strict=True)
     )
+
+
+def test_a_checkpoint_of_the_last_step_gets_no_other_step(tmp_path: Path) -> None:
+    """In the middle of an epoch, at a rate that would move the weights."""
+    options = OPTIONS | {"lr_scheduler_type": "constant", "model": with_adapters(0)}
+    checkpoint = interrupted(Mix(0.5), tmp_path, save_steps=STEPS, **options)
+    straight = make_trainer(Mix(0.5), tmp_path, **options | {"model": with_adapters(0)})
+    trained(straight)
+    again = make_trainer(Mix(0.5), tmp_path, **options | {"model": with_adapters(9)})
+    again.train(str(checkpoint))
+    assert again.state.global_step == len(again.decisions) == STEPS
+    assert_same_weights(again.model, straight.model)
+    shorter = make_trainer(Mix(0.5), tmp_path, **options | {"max_steps": STEPS - 1})
+    with pytest.raises(UserError, match="is of step 8, beyond the 7 steps of this run"):
+        shorter.train(str(checkpoint))
+
+
+def test_a_resumed_run_logs_every_line_once(tmp_path: Path) -> None:
+    """Also the evaluations of the start and of the checkpoint's step; later lines are dropped."""
+    options = {**OPTIONS, "held_out": eval_rows(), "eval_strategy": "steps", "eval_steps": 1}
+    options |= {"eval_on_start": True, "save_strategy": "steps", "save_steps": AT}
+    lines = []
+    for checkpoint in (None, str(tmp_path / f"checkpoint-{AT}")):
+        trainer = make_trainer(Mix(0.5), tmp_path, model=with_adapters(0), **options)
+        trainer.add_callback(JsonLines(tmp_path / "metrics.jsonl"))
+        trainer.train(checkpoint)
+        logs = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+        lines.append([(log["step"], {n for n in log if "time_" not in n}) for log in logs])
+    assert lines[1] == lines[0]
+    assert len(lines[0]) == 1 + 2 * STEPS + 1
 
 
 def test_dropout_is_drawn_anew_after_the_checkpoint(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +57,10 @@ class JsonLines(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """A resumed run goes back to its checkpoint: drop what was logged after it."""
-        if state.is_world_process_zero and self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if _step_of(line) <= state.global_step]
-            write_text(self.path, "".join(f"{line}\n" for line in kept))
+        """A resumed run goes back to its checkpoint: to the lines that the checkpoint has seen."""
+        if state.is_world_process_zero:
+            lines = (self._line(log["step"], log) for log in state.log_history)
+            write_text(self.path, "".join(lines))
 
     def on_log(
         self,
@@ -73,14 +71,9 @@ class JsonLines(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if state.is_world_process_zero and logs:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+                file.write(self._line(state.global_step, logs))
 
-
-def _step_of(line: str) -> float:
-    """The step of a log line; infinity for a line that was cut short."""
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+    @staticmethod
+    def _line(step: float, logs: dict[str, Any]) -> str:
+        return json.dumps({"step": step} | logs) + "\n"

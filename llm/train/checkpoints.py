@@ -54,7 +54,15 @@ class SafeCheckpoints(Trainer):
         if found[1] is not None:
             raise UserError(found[1])
         self._resumed_from, self._generators_from = found[0], None
+        self.args.eval_on_start &= found[0] is None  # a checkpoint is no start
         return super().train(found[0], *args, **kwargs)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # Trainer counts behind a step: it would take one more after a checkpoint of the last.
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+        else:
+            self.control.should_training_stop = True
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         # Once: Trainer restores the generators after it has drawn the first batch, and a probe
