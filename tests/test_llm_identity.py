@@ -240,6 +240,9 @@ def test_a_killed_run_goes_on_under_other_settings_only_if_forced(
     for name in ("joint_summary.json", "checkpoint-8/manifest.json"):  # killed in its last steps
         (tmp_path / name).unlink()
     other = short_run(tmp_path, *flags, "--beta", "0.2", "--resume_from_checkpoint", "true")
+    saved = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
+    identity = saved["stateful_callbacks"][STATE_KEY]["identity"]
+    assert counting(parse(other).model, free=RESUME).items() <= identity.items()
     differ = r"its dpo loss is .*beta=0.1.*, here .*beta=0.2.*; its neftune_noise_alpha is not set"
     with pytest.raises(UserError, match=f"run: {differ}, here 50.0 "):
         main([*other, "--neftune_noise_alpha", "50"])

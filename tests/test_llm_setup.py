@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from _text import write_jsonl
+from safetensors.torch import load_file, save_file
 
 import llm.flags.checks
 from llm import preview
+from llm.compare.pool import shared_fingerprint
 from llm.data import embedded
 from llm.data.checks import LEAKED
 from llm.flags.parse import parse
 from llm.setup import prepare, read_data
+from llm.single_runs import estimate_fingerprint
 from theory.cli import UserError
 from theory.tasks import Task
 
@@ -49,6 +53,24 @@ def test_determinism_is_settled_before_the_model_computes_anything(
     monkeypatch.setattr("llm.setup.enable_full_determinism", settled)
     with pytest.raises(_FirstError, match="7"):
         prepare(parse(own("--full_determinism", "true", "--seed", "7")), silent)
+
+
+def test_a_model_counts_by_its_weights_wherever_it_lies(own: Own, tmp_path: Path) -> None:
+    """For kept comparisons and estimates: the same in another folder, other weights in its own."""
+
+    def told(model: Path) -> tuple[str, str]:
+        config = parse(own("--model_name_or_path", str(model)))
+        setup = prepare(config, silent)
+        return estimate_fingerprint(setup, config), shared_fingerprint(config, setup)
+
+    here = Path(str(parse(own()).model.model_name_or_path))
+    there = shutil.copytree(here, tmp_path / "there")
+    mine = told(here)
+    assert told(there) == mine
+    weights = load_file(there / "model.safetensors")
+    next(iter(weights.values()))[-1] += 1e-3
+    save_file(weights, there / "model.safetensors", {"format": "pt"})
+    assert not set(told(there)) & set(mine)
 
 
 # --- splits
