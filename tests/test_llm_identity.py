@@ -276,8 +276,6 @@ def test_a_comparison_trains_again_what_a_setting_has_changed(tmp_path: Path) ->
 # --- every setting
 
 ARGUMENTS = (ModelArguments, DataArguments, JointArguments)
-EITHER = {"schedule"}, {"order", "split", "refresh_every", "scale_steps", "value_ema"}
-"""Two forms of the options of a schedule."""
 
 
 @pytest.fixture(scope="module")
@@ -368,8 +366,7 @@ def test_what_is_free_is_a_setting_and_has_a_reason() -> None:
     settings = {each.name for arguments in ARGUMENTS for each in fields(arguments)}
     named = {name: reason for _, free in USES.values() for name, reason in free.items()}
     assert all(named.values())
-    stale = named.keys() - settings
-    assert any(stale <= form | {"dpo_probability", "cycle"} for form in EITHER), stale
+    assert not named.keys() - settings
 
 
 def test_a_file_of_settings_counts_by_its_content(tmp_path: Path, trainer: JointTrainer) -> None:

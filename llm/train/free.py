@@ -103,8 +103,7 @@ EVALUATION: Reasons = _free(
 SCHEDULE: Reasons = {
     **_free(
         "the scheduler counts, with all its options and the optima that it reads",
-        *("algo", "lam", "optima", "schedule", "order", "split", "refresh_every", "scale_steps"),
-        *("value_ema", "dpo_probability", "cycle"),
+        *("algo", "lam", "optima", "schedule"),
     ),
     **_free("the rows that a probe reads count", "value_source", "value_rows"),
 }
