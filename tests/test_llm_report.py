@@ -158,7 +158,7 @@ def test_the_page_has_the_numbers_of_the_summary(runs: dict[str, Path]) -> None:
         counts = (summary["steps"][task], summary["tokens"][task])
         assert page.row(task.upper())[:2] == [str(count) for count in counts]
     assert f"{summary['probes']} probes" in page.text
-    assert "by MAXRIGHT at lam 0.5" in page.text
+    assert "by MAXRIGHT, lam 0.5" in page.text
     assert "Unfinished" not in page.text
 
 
