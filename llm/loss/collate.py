@@ -16,13 +16,11 @@ def collate_sft(
 ) -> dict[str, Tensor]:
     """A batch of SFT rows, padded on the right: tensors of shape (B, T), int64.
 
-    `input_ids`, `attention_mask` (1 on tokens) and `labels` (-100 on prompt and padding).
+    `input_ids`, `attention_mask` (1 on tokens) and `labels` (-100 on prompt and padding, and on
+    response tokens whose `completion_mask` is 0).
     """
-    return _pad(
-        [(row["prompt_ids"], row["completion_ids"]) for row in rows],
-        pad_token_id,
-        pad_to_multiple_of,
-    )
+    sequences = [(row, "completion") for row in rows]
+    return _pad(sequences, pad_token_id, pad_to_multiple_of)
 
 
 def collate_preference(
@@ -34,8 +32,8 @@ def collate_preference(
     `ref_chosen_logps` and `ref_rejected_logps` (float), these come along as (B,) float32.
     """
     sides = ("chosen", "rejected")
-    pairs = [(row["prompt_ids"], row[f"{side}_ids"]) for side in sides for row in rows]
-    batch = _pad(pairs, pad_token_id, pad_to_multiple_of)
+    sequences = [(row, side) for side in sides for row in rows]
+    batch = _pad(sequences, pad_token_id, pad_to_multiple_of)
     for key in (f"ref_{side}_logps" for side in sides):
         if key in rows[0]:
             batch[key] = torch.tensor([row[key] for row in rows], dtype=torch.float32)
@@ -43,8 +41,10 @@ def collate_preference(
 
 
 def _pad(
-    pairs: Sequence[tuple[list[int], list[int]]], pad_token_id: int, multiple: int | None
+    sequences: Sequence[tuple[Mapping[str, Any], str]], pad_token_id: int, multiple: int | None
 ) -> dict[str, Tensor]:
+    """One line for each (row, name of one of its responses)."""
+    pairs = [(row["prompt_ids"], row[f"{name}_ids"]) for row, name in sequences]
     width = max(len(prompt) + len(response) for prompt, response in pairs)
     width += -width % (multiple or 1)
     input_ids = torch.full((len(pairs), width), pad_token_id, dtype=torch.int64)
@@ -54,5 +54,7 @@ def _pad(
         end = len(prompt) + len(response)
         input_ids[i, :end] = torch.tensor(prompt + response)
         attention_mask[i, :end] = 1
-        labels[i, len(prompt) : end] = input_ids[i, len(prompt) : end]
+        row, name = sequences[i]
+        mask = torch.tensor(row.get(f"{name}_mask") or [1] * len(response), dtype=torch.bool)
+        labels[i, len(prompt) : end][mask] = input_ids[i, len(prompt) : end][mask]
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}

@@ -17,7 +17,7 @@ from torch import Tensor
 from llm.loss.collate import collate_preference, collate_sft
 from llm.loss.forward import response_logps
 from llm.loss.losses import check_preference_options, dpo_loss
-from llm.loss.packing import pack_preference, pack_sft, to_device
+from llm.loss.packing import pack_preference, pack_sft, to_device, trained_tokens
 from theory.tasks import Task
 
 Batch = dict[str, Any]
@@ -57,7 +57,7 @@ class LanguageObjective(Protocol):
 
 @dataclass(frozen=True)
 class SFTObjective:
-    """f_SFT: items are response tokens; `sequence_loss` is the mean over examples (theory).
+    """f_SFT: items are trained response tokens; `sequence_loss` is the mean over examples (theory).
 
     `packing` chooses packed batches (`llm.loss.packing`) over padded ones; the values are the same.
     """
@@ -69,7 +69,7 @@ class SFTObjective:
         return (pack_sft if self.packing else collate_sft)(rows, pad_token_id)
 
     def items(self, rows: Sequence[Row]) -> int:
-        return sum(len(row["completion_ids"]) for row in rows)
+        return sum(trained_tokens(row, "completion") for row in rows)
 
     def __call__(self, model: torch.nn.Module, batch: Batch) -> Terms:
         logps = response_logps(model, batch)

@@ -85,6 +85,12 @@ def tokens_per_forward(args: TrainingArguments) -> int | None:
     return CPU_TOKENS if given is None and args.device.type == "cpu" else given
 
 
+def trained_tokens(row: Row, response: str) -> int:
+    """How many tokens of the response called `response` are trained on."""
+    mask = row.get(f"{response}_mask")
+    return len(row[f"{response}_ids"]) if mask is None else sum(mask)
+
+
 def split_rows(rows: Sequence[AnyRow], max_tokens: int | None) -> list[Sequence[AnyRow]]:
     """Consecutive rows in parts of at most `max_tokens` tokens each, or of one longer row."""
     if max_tokens is None:
@@ -104,11 +110,14 @@ def split_rows(rows: Sequence[AnyRow], max_tokens: int | None) -> list[Sequence[
 def pack_sft(rows: Sequence[Row], pad_token_id: int = 0) -> dict[str, Any]:
     """SFT rows as one sequence of shape (1, T); nothing is padded.
 
-    `input_ids` and `position_ids` (1, T); for the N response tokens `targets` (N,), the positions
+    A row with a `completion_mask` trains on the response tokens where it is 1; the others are
+    turns of other speakers between two answers.
+
+    `input_ids` and `position_ids` (1, T); for the N trained tokens `targets` (N,), the positions
     `predictors` (N,) whose hidden state predicts them and `owners` (N,), the row they belong to;
     `predicting` (M,), the predictors in order and each once; `plan`, a `PackingPlan`.
     """
-    return _pack([(row["prompt_ids"], [row["completion_ids"]]) for row in rows])
+    return _pack(rows, ("completion",))
 
 
 def pack_preference(rows: Sequence[Row], pad_token_id: int = 0) -> dict[str, Any]:
@@ -117,15 +126,15 @@ def pack_preference(rows: Sequence[Row], pad_token_id: int = 0) -> dict[str, Any
     As `pack_sft`; `owners` counts the chosen responses 0..B-1 and the rejected ones B..2B-1. If the
     rows carry `ref_chosen_logps` and `ref_rejected_logps` (float), these come along, (B,) float32.
     """
-    batch = _pack([(row["prompt_ids"], [row["chosen_ids"], row["rejected_ids"]]) for row in rows])
+    batch = _pack(rows, ("chosen", "rejected"))
     for key in ("ref_chosen_logps", "ref_rejected_logps"):
         if key in rows[0]:
             batch[key] = torch.tensor([row[key] for row in rows], dtype=torch.float32)
     return batch
 
 
-def _pack(rows: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]]) -> dict[str, Any]:
-    """Rows of (prompt, responses): the first response follows its prompt, others refer to it."""
+def _pack(rows: Sequence[Row], responses: Sequence[str]) -> dict[str, Any]:
+    """The first of the `responses` follows its prompt, others refer to it."""
     tokens: list[Any] = []
     positions: list[Indices] = []
     predictors: list[Indices] = []
@@ -133,9 +142,11 @@ def _pack(rows: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]]) -> dict
     owners: list[Indices] = []
     blocks: list[tuple[int, int, int]] = []
     start = 0
-    for i, (prompt, responses) in enumerate(rows):
+    for i, row in enumerate(rows):
+        prompt = row["prompt_ids"]
         last_of_prompt, first_block = start + len(prompt) - 1, len(blocks)
-        for side, response in enumerate(responses):
+        for side, name in enumerate(responses):
+            response, trained = row[f"{name}_ids"], _trained(row, name)
             own = [prompt, response] if side == 0 else [response]
             length = sum(map(len, own))
             shared = 0 if side == 0 else len(prompt)
@@ -145,9 +156,11 @@ def _pack(rows: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]]) -> dict
             # Token t of the response is predicted from the token before it; the first from the
             # end of the prompt, wherever that stands.
             begin = start + length - len(response)
-            predictors += [np.array([last_of_prompt]), np.arange(begin, start + length - 1)]
-            targets.append(response)
-            owners.append(np.full(len(response), side * len(rows) + i))
+            before = np.arange(begin - 1, start + length - 1)
+            before[0] = last_of_prompt
+            predictors.append(before[trained])
+            targets.append(np.asarray(response)[trained])
+            owners.append(np.full(len(targets[-1]), side * len(rows) + i))
             start += length
     by_target = _tensor(predictors)
     return {
@@ -159,6 +172,12 @@ def _pack(rows: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]]) -> dict
         "owners": _tensor(owners),
         "plan": PackingPlan(*zip(*blocks, strict=True)),
     }
+
+
+def _trained(row: Row, response: str) -> Any:
+    """What selects the trained tokens of a response: everything, where there is no mask."""
+    mask = row.get(f"{response}_mask")
+    return slice(None) if mask is None else np.asarray(mask, dtype=bool)
 
 
 def _tensor(parts: Sequence[Any]) -> torch.Tensor:
