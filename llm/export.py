@@ -13,7 +13,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from llm.flags.arguments import ModelArguments
 from llm.model.load import load_adapted
@@ -32,6 +33,8 @@ def main(argv: list[str] | None = None) -> None:
     if out.exists():
         raise UserError(f"--out {out} exists: name a new directory")
     model = merged(source)
+    if (source / GENERATION_CONFIG_NAME).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(source)
     staging = out.with_name(f".{out.name}.part")
     model.save_pretrained(staging)
     AutoTokenizer.from_pretrained(source).save_pretrained(staging)

@@ -69,6 +69,10 @@ def train(
     trainer.train(resume_from_checkpoint=_checkpoint(config.training, say))
     after = trainer.held_out()
     trainer.save_model()
+    if any(part.ends for part in setup.train.values()) and trainer.is_world_process_zero():
+        # Adapters are saved without it; their merged export is to stop where they do.
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        model.generation_config.save_pretrained(config.output_dir)
     return trainer, before, after
 
 
@@ -111,6 +115,12 @@ def summarise(
             for part in (setup.train, setup.held_out)
             for encoded in part.values()
         },
+        "warnings": [
+            line
+            for part in (setup.train, setup.held_out)
+            for encoded in part.values()
+            for line in encoded.report.warnings(encoded.name)
+        ],
         "clipping": trainer.clipping,
         "value_rows": {task.label: len(rows) for task, rows in trainer.value_rows.items()},
         "seconds": {
@@ -140,6 +150,7 @@ def table(summary: dict[str, Any]) -> str:
     lines += ["", f"{'trained on':<26}{'steps':>10}{'tokens':>10}"]
     for label, steps in summary["steps"].items():
         lines.append(f"{label.upper():<26}{steps:>10}{summary['tokens'][label]:>10}")
+    lines += summary.get("warnings", ())
     seconds = summary["seconds"]
     lines.append(
         f"probes {summary['probes']}; training {seconds['training']:.1f} s, "
@@ -202,6 +213,7 @@ def _data_cells(name: str, rows: dict[str, Any], config: RunConfig) -> list[str]
     task, part = name.split(maxsplit=1)
     suffix = "_eval_dataset" if part == "held-out" else "_dataset"
     source = getattr(config.data, f"{task}{suffix}") or getattr(config.data, f"{task}_dataset")
+    source = " ".join(source) if isinstance(source, list) else source
     counts = (rows["kept"], rows["truncated"], sum(rows["dropped"].values()))
     return [name, source or "generated", *map(str, counts)]
 

@@ -11,19 +11,23 @@ import gc
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments, enable_full_determinism, set_seed
 
 from llm.data import embedded
+from llm.data.chat import set_chat_template
 from llm.data.checks import check_max_length, check_shares, with_leaks_noted
 from llm.data.encode import Encoded, encode_preference, encode_sft
-from llm.data.formats import load_rows
+from llm.data.sources import load_sources
+from llm.data.templates import fixed_date
 from llm.flags.arguments import RunConfig
 from llm.layout import takes_packed_batches
 from llm.loss.kl import ReferenceSamples
 from llm.loss.objectives import DPOObjective, LanguageObjective, SFTObjective
-from llm.model.load import load_policy, load_tokenizer, with_adapters
+from llm.model.load import load_policy, load_tokenizer, stop_at, with_adapters
 from llm.model.reference import (
     add_reference_logps,
     check_reference,
@@ -41,6 +45,8 @@ from theory.registry import make_scheduler
 from theory.schedulers import Scheduler
 from theory.tasks import Task
 
+DATE_FILE = "template_date.txt"
+"""In the output directory of a run whose chat template shows a date."""
 ENCODERS = {Task.DPO: encode_preference, Task.SFT: encode_sft}
 
 
@@ -119,7 +125,9 @@ class _Policies:
 def read_data(config: RunConfig, say: Callable[[str], None]) -> tuple[Any, Raw]:
     """The tokenizer and the raw rows: the user's own, or the embedded corpus."""
     if not config.embedded:
-        return load_tokenizer(config.model), _own_rows(config, say)
+        tokenizer = load_tokenizer(config.model)
+        set_chat_template(tokenizer, config.data.chat_template)
+        return tokenizer, _own_rows(config, say)
     corpus = _corpus(config)
     parts = {
         Task.DPO: (corpus.dpo_train, corpus.dpo_eval),
@@ -139,22 +147,40 @@ def encode_data(
     """Tokenised rows to train on and to hold out; says what was kept, cut and dropped."""
     train: dict[Task, Encoded] = {}
     held_out: dict[Task, Encoded] = {}
+    today = date_of_run(config, tokenizer, say, keep=config.training.process_index == 0)
     for task, parts in raw.items():
         length = check_max_length(config.max_length(task), model_config, tokenizer)
         for rows, part, into in zip(parts, ("train", "held-out"), (train, held_out), strict=True):
             name = f"{task.label} {part}"
-            encoded = _encode(task, rows, tokenizer, length, config.data.truncation_mode, name)
+            encoded = ENCODERS[task](
+                rows, tokenizer, **encoding_options(config, task, length, today), name=name
+            )
             into[task] = with_leaks_noted(encoded, train[task]) if task in train else encoded
             say(into[task].report.line(name))
     return train, held_out
 
 
-def _encode(
-    task: Task, rows: Any, tokenizer: Any, length: int, truncation_mode: str, name: str
-) -> Encoded:
-    return ENCODERS[task](
-        rows, tokenizer, max_length=length, truncation_mode=truncation_mode, name=name
-    )
+def date_of_run(
+    config: RunConfig, tokenizer: Any, say: Callable[[str], None], *, keep: bool
+) -> date:
+    """Today, for chat templates that show it; a run that is resumed keeps its own."""
+    file = Path(config.output_dir) / DATE_FILE
+    if keep and config.training.overwrite_output_dir and not config.training.resume_from_checkpoint:
+        file.unlink(missing_ok=True)
+    return fixed_date(tokenizer, config.data.template_date, file, keep=keep, say=say)
+
+
+def encoding_options(config: RunConfig, task: Task, max_length: int, today: date) -> dict[str, Any]:
+    """What the flags say about encoding rows of `task`."""
+    data = config.data
+    return {
+        "max_length": max_length,
+        "truncation_mode": data.truncation_mode,
+        "columns": data.columns(task),
+        "train_on": data.train_on,
+        "date": today,
+        "workers": data.preprocessing_num_workers,
+    }
 
 
 def check_data(config: RunConfig, parts: Sequence[Mapping[Task, Encoded]]) -> None:
@@ -187,16 +213,16 @@ def _own_rows_of(config: RunConfig, task: Task, say: Callable[[str], None]) -> t
         for name in ("dataset", "eval_dataset", "dataset_config", "train_split", "eval_split")
     }
 
-    def read(source: str, split: str | None, limit: int | None) -> Any:
-        name = own["dataset_config"] if source == own["dataset"] else None
-        return load_rows(
-            source, split=split, config_name=name, limit=limit, streaming=data.streaming
+    def read(sources: list[str], split: str | None, limit: int | None) -> Any:
+        name = own["dataset_config"] if sources == own["dataset"] else None
+        return load_sources(
+            sources, split=split, config_name=name, limit=limit, streaming=data.streaming
         )
 
     rows = read(own["dataset"], own["train_split"], config.max_train_rows(task))
     if own["eval_dataset"] or own["eval_split"]:
-        source = own["eval_dataset"] or own["dataset"]
-        return rows, read(source, own["eval_split"], data.max_eval_rows)
+        sources = [own["eval_dataset"]] if own["eval_dataset"] else own["dataset"]
+        return rows, read(sources, own["eval_split"], data.max_eval_rows)
     if len(rows) < 2:
         raise UserError(f"{task.label}: {len(rows)} rows are too few to hold some of them out")
     parts = rows.train_test_split(test_size=data.held_out, seed=config.training.seed)
@@ -272,7 +298,9 @@ def make_trainer(
         arguments, scheduler, {task: setup.train[task].rows for task in tasks}
     )
     return JointTrainer(
-        model=setup.new_policy(),
+        model=stop_at(
+            setup.new_policy(), (end for part in setup.train.values() for end in part.ends)
+        ),
         args=arguments,
         scheduler=scheduler,
         objectives=setup.objectives,

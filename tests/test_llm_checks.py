@@ -10,7 +10,7 @@ from _text import make_tokenizer
 
 from llm.data.checks import LEAKED, check_max_length, check_shares, with_leaks_noted
 from llm.data.encode import Encoded, encode_sft
-from llm.data.formats import DataError
+from llm.data.errors import DataError
 
 TOKENIZER = make_tokenizer()
 
@@ -79,8 +79,8 @@ def test_a_share_beyond_its_limit_is_refused_by_name_with_the_reasons() -> None:
     with pytest.raises(DataError, match=r"2 of 4 dropped .* --max_dropped_share 0\.49") as error:
         shares(encoded, max_dropped=0.49)
     assert "sft_data: 2 of 4 rows kept" in str(error.value)
-    assert "1 dropped (empty prompt)" in str(error.value)
-    assert "1 dropped (not text)" in str(error.value)
+    assert "1 dropped (empty prompt: " in str(error.value)
+    assert "1 dropped (not text: " in str(error.value)
     with pytest.raises(DataError, match=r"1 of 2 truncated .* --max_truncated_share 0\.4"):
         shares(encoded, max_truncated=0.4)
     with pytest.raises(DataError, match="--max_dropped_share 0"):

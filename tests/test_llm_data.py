@@ -25,10 +25,12 @@ from _text import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import llm.data.encode as data
-import llm.data.formats as formats
+from llm.data import formats, messages, tokens
 from llm.data.encode import Encoded, encode_preference, encode_sft, fingerprint
-from llm.data.formats import DataError, load_rows
+from llm.data.errors import DataError
+from llm.data.report import DropReport
+from llm.data.sources import load_rows, raw_rows
+from llm.data.templates import REFUSED_BY_TEMPLATE
 from llm.loss.collate import collate_sft
 
 pytestmark = pytest.mark.usefixtures("temporary_datasets_cache")
@@ -88,7 +90,7 @@ def test_a_token_across_the_boundary_belongs_to_the_response() -> None:
     expected = [ids("x", bos=True), ids("ab", eos=True), ids("ac", eos=True)]
     assert list(plain(encoded)[0].values()) == expected
     assert list(plain(encoded)[1].values()) == [expected[0], expected[2], expected[1]]
-    assert encoded.report.notes == {data.TOKENS_MERGE: 2}
+    assert encoded.report.notes == {tokens.TOKENS_MERGE: 2}
     assert encoded.report.truncated == 0
 
 
@@ -119,19 +121,18 @@ def test_messages_get_no_bos_that_the_template_does_not_write() -> None:
     assert row["prompt_ids"] == ids("[user]hi</s>[assistant]")
 
 
-def test_a_template_whose_prompt_is_no_prefix_is_counted() -> None:
+def test_an_answer_follows_the_prompt_of_inference_where_the_template_writes_another() -> None:
     template = CHAT_TEMPLATE.replace("'[assistant]' }}", "'[assistant]<think>' }}")
     encoded = sft(
         [{"messages": [user("hi"), assistant("yo")]}] * 2, make_tokenizer(chat_template=template)
     )
-    assert plain(encoded)[0]["prompt_ids"] == ids("<s>[user]hi</s>[assistant]")
-    assert encoded.report.notes == {data.TEMPLATE_NOT_PREFIX: 2}
-    assert "2 noted (chat template: prompt is not a prefix)" in encoded.report.line("x")
+    row = {"prompt_ids": ids("<s>[user]hi</s>[assistant]<think>"), "completion_ids": ids("yo</s>")}
+    assert plain(encoded) == [row] * 2
 
 
 def test_messages_without_a_chat_template_are_refused() -> None:
     rows = [{"messages": [user("hi"), assistant("yo")]}]
-    with pytest.raises(DataError, match=r"sft_data row 0: .*no chat template"):
+    with pytest.raises(DataError, match=r"sft_data: none of 1 rows .*--chat_template"):
         sft(rows, make_tokenizer(chat_template=None))
 
 
@@ -140,7 +141,7 @@ def test_a_row_that_the_template_refuses_is_counted() -> None:
     tokenizer = make_tokenizer(chat_template=template + CHAT_TEMPLATE)
     good, bad = [user("hi"), assistant("yo")], [{"role": "system", "content": "s"}, assistant("yo")]
     report = sft([{"messages": bad}, {"messages": good}], tokenizer).report
-    assert report.dropped == {data.REFUSED_BY_TEMPLATE: 1}
+    assert report.dropped == {REFUSED_BY_TEMPLATE: 1}
     assert report.kept == 1
 
 
@@ -250,7 +251,7 @@ def test_keep_start_cuts_the_end_of_the_whole() -> None:
     rows = [{"prompt": "012", "completion": "uvwxyz"}, {"prompt": "0123456", "completion": "u"}]
     encoded = sft(rows, max_length=6, truncation_mode="keep_start")
     assert plain(encoded) == [{"prompt_ids": ids("012", bos=True), "completion_ids": ids("uv")}]
-    assert encoded.report.dropped == {data.NO_RESPONSE_LEFT: 1}
+    assert encoded.report.dropped == {tokens.NO_RESPONSE_LEFT: 1}
 
 
 def test_every_reason_is_counted() -> None:
@@ -264,21 +265,34 @@ def test_every_reason_is_counted() -> None:
         {**good, "rejected": " c</s>"},  # equal after tokenising
         {**good, "chosen": " same" * 9 + "1", "rejected": " same" * 9 + "2"},  # after truncation
         {**good, "chosen": None},
-        {**good, "chosen": 1.5},
+        {**good, "chosen": True},
         {**good, "prompt": "p" * 50},
     ]
     report = preference(rows, max_length=20, truncation_mode="keep_start").report
     assert report.dropped == {
         formats.EMPTY_PROMPT: 1,
         formats.EMPTY_RESPONSE: 2,
-        data.EQUAL_RESPONSES: 3,
-        formats.NOT_TEXT: 2,
-        data.NO_RESPONSE_LEFT: 1,
+        tokens.EQUAL_RESPONSES: 2,
+        tokens.EQUAL_AFTER_TRUNCATION: 1,
+        messages.NOT_TEXT: 2,
+        tokens.NO_RESPONSE_LEFT: 1,
     }
     assert (report.total, report.kept, report.truncated) == (10, 1, 0)
     assert "1 of 10 rows kept" in report.line("dpo_data")
     assert "\n" not in report.line("dpo_data")
     assert json.loads(json.dumps(report.to_json())) == report.to_json()
+
+
+def test_answers_that_lose_their_end_are_told_apart_from_prompts_that_lose_their_start() -> None:
+    rows = [{"prompt": "0" * 20, "completion": "c"}, {"prompt": "0", "completion": "c" * 20}]
+    report = sft([*rows, *ROWS], max_length=12).report
+    assert (report.truncated, report.cut) == (2, 1)
+    assert report.warnings("x") == [
+        "x: 1 of 7 rows lost the end of an answer: raise --max_length",
+        "x: 2 of 7 rows were truncated: raise --max_length",
+    ]
+    assert "2 truncated (1 in an answer)" in report.line("x")
+    assert sft(ROWS, max_length=12).report.warnings("x") == []
 
 
 def test_a_prompt_that_merges_away_entirely_is_empty() -> None:
@@ -288,7 +302,7 @@ def test_a_prompt_that_merges_away_entirely_is_empty() -> None:
 
 
 def test_no_row_left_names_the_data_set_and_the_reasons() -> None:
-    rows = [{"prompt": "", "completion": "c"}, {"prompt": None, "completion": "c"}] * 2
+    rows = [{"prompt": "", "completion": "c"}, {"prompt": "p", "completion": None}] * 2
     with pytest.raises(DataError, match="sft_data: none of 4 rows") as error:
         sft(rows)
     assert "2 empty prompt" in str(error.value)
@@ -298,13 +312,14 @@ def test_no_row_left_names_the_data_set_and_the_reasons() -> None:
 
 
 def test_unknown_columns_are_refused_once_by_name() -> None:
-    with pytest.raises(DataError, match=r"^sft_data: columns text match no accepted format"):
-        sft([{"text": "x"}])
+    with pytest.raises(DataError, match=r"^sft_data: none of 1 .*columns words match no accepted"):
+        sft([{"words": "x"}])
 
 
-def test_a_row_of_another_shape_is_named_by_number() -> None:
-    with pytest.raises(DataError, match=r"^sft_data row 1: columns text match no accepted format"):
-        sft([ROWS[0], {"text": "x"}])
+def test_a_row_of_another_shape_is_counted_and_named_by_number() -> None:
+    report = sft([ROWS[0], {"words": "x"}]).report
+    assert report.dropped == {formats.NO_FORMAT: 1}
+    assert "row 1: columns words match no accepted format" in report.line("sft_data")
 
 
 @pytest.mark.parametrize(
@@ -321,7 +336,7 @@ pairs = st.lists(
 )
 
 
-@given(pairs, st.integers(2, 40), st.sampled_from(data.TRUNCATION_MODES), st.booleans())
+@given(pairs, st.integers(2, 40), st.sampled_from(tokens.TRUNCATION_MODES), st.booleans())
 @settings(max_examples=200, deadline=None)
 def test_invariants(rows: list[Any], max_length: int, mode: str, adds_bos: bool) -> None:
     rows = [{"prompt": "p", "chosen": "x", "rejected": "y"}, *rows]
@@ -355,7 +370,7 @@ def test_invariants(rows: list[Any], max_length: int, mode: str, adds_bos: bool)
 
 
 def encoded_of(*rows: dict[str, list[int]]) -> Encoded:
-    return Encoded(list(rows), "x", data.DropReport(len(rows), len(rows), 0))
+    return Encoded(list(rows), "x", DropReport(len(rows), len(rows), 0))
 
 
 def test_fingerprint_sees_every_change() -> None:
@@ -400,7 +415,7 @@ def test_real_preferences(real_tokenizer: Any) -> None:
     encoded = preference(rows, real_tokenizer, max_length=512)
     report = encoded.report
     assert (report.total, report.kept) == (2035, 2031)
-    assert report.dropped == {data.EQUAL_RESPONSES: 4}
+    assert report.dropped == {tokens.EQUAL_RESPONSES: 4}
     assert 0 < report.truncated < 500
     for row in plain(encoded):
         longest = max(len(row["chosen_ids"]), len(row["rejected_ids"]))
@@ -416,7 +431,7 @@ def test_real_instructions(real_tokenizer: Any) -> None:
     encoded = sft(rows, real_tokenizer, max_length=512)
     assert encoded.report.kept == 500
     assert encoded.report.dropped == {}
-    for row, raw in zip(plain(encoded), rows, strict=True):
+    for row, raw in zip(plain(encoded), raw_rows(rows[:]), strict=True):
         whole = row["prompt_ids"] + row["completion_ids"]
         if len(whole) < 512:
             expected = real_tokenizer(raw["prompt"] + raw["completion"])["input_ids"]

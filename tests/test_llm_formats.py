@@ -1,264 +1,326 @@
-"""llm.data.formats: the formats of rows, loading, error lines."""
+"""llm.data.formats: what the columns of a row mean, and what is refused as unclear."""
 
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
 from typing import Any
 
 import pytest
-from _text import ROWS, SHARED, assistant, needs_shared, user
+from _text import SHARED, assistant, needs_shared, user
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import llm.data.formats as formats
-from llm.data.formats import DataError, RowError, load_rows, preference_fields, sft_fields
+from llm.data import formats, messages, pairs
+from llm.data.errors import DataError, RowError
+from llm.data.formats import PREFERENCE_ROWS, SFT_ROWS, Options, Reading, RowKind, read_row
+from llm.data.sources import load_rows, raw_rows
 
 pytestmark = pytest.mark.usefixtures("temporary_datasets_cache")
 
 
-# --- formats
+def read(row: dict[str, Any], kind: RowKind = SFT_ROWS, **options: Any) -> Reading:
+    return read_row(row, kind, Options(eos="</s>", **options))
+
+
+def told(reading: Reading) -> list[Any]:
+    """[prompt, answer, ...]: texts, or messages as (role, content), * where it is trained on."""
+    if reading.chat is None:
+        prompt = reading.texts[0].prompt
+        return [prompt, *(text.text[len(prompt) :] for text in reading.texts)]
+    parts = [reading.chat.prompt, *reading.chat.responses]
+    marks = [[""] * len(parts[0])]
+    marks += [["*" if m.is_reply and m.trained else "" for m in part] for part in parts[1:]]
+    return [
+        [(mark + m.role, m.content) for m, mark in zip(part, signs, strict=True)]
+        for part, signs in zip(parts, marks, strict=True)
+    ]
+
+
+def system(text: str) -> dict[str, str]:
+    return {"role": "system", "content": text}
+
+
+U, A, S = ("user", "p"), ("*assistant", "c"), ("system", "s")
+CHAT = [user("p"), assistant("c")]
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
 
 
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
-        ({"prompt": "p", "completion": "c", "id": 7}, ("p", "c")),
+        ({"prompt": "p", "completion": "c", "id": 7}, ["p", "c"]),
+        ({"prompt": "p", "response": "c"}, ["p", "c"]),
+        ({"prompt": "2+2=", "completion": 4}, ["2+2=", "4"]),
+        ({"prompt": "born ", "completion": "2020-01-02"}, ["born ", "2020-01-02"]),
+        ({"prompt": [user("p")], "completion": [assistant("c")]}, [[U], [A]]),
+        ({"prompt": [user("p")], "completion": "c"}, [[U], [A]]),
+        ({"prompt": "p", "completion": {"role": "assistant", "content": "c"}}, [[U], [A]]),
+        ({"question": "p", "answer": "c"}, [[U], [A]]),
+        ({"system": "s", "prompt": "p", "completion": "c"}, [[S, U], [A]]),
+        ({"messages": CHAT, "system_prompt": "s"}, [[S, U], [A]]),
+        ({"messages": json.dumps(CHAT)}, [[U], [A]]),
+        ({"messages": str(CHAT)}, [[U], [A]]),
+        ({"messages": {"role": ["user", "assistant"], "content": ["p", "c"]}}, [[U], [A]]),
+        ({"conversation": [{"input": "p", "output": "c"}]}, [[U], [A]]),
         (
-            {"prompt": [user("p")], "completion": [assistant("c")]},
-            ([user("p")], [assistant("c")]),
+            {"conversations": [{"from": "human", "value": "p"}, {"from": "gpt", "value": "c"}]},
+            [[U], [A]],
         ),
-        ({"prompt": [user("p")], "completion": "c"}, ([user("p")], [assistant("c")])),
         (
-            {"messages": [user("p"), assistant("q"), user("r"), assistant("c"), user("late")]},
-            ([user("p"), assistant("q"), user("r")], [assistant("c")]),
+            {"messages": [{"role": "User", "content": [{"type": "text", "text": "p"}]}, CHAT[1]]},
+            [[U], [A]],
+        ),
+        (  # every answer is trained on; what follows the last has none
+            {"messages": [*CHAT, user("r"), assistant("d"), user("late")]},
+            [[U], [A, ("user", "r"), ("*assistant", "d")]],
+        ),
+        (
+            {"messages": [user("p"), {**assistant("bad"), "weight": 0}, user("r"), CHAT[1]]},
+            [[U, ("assistant", "bad"), ("user", "r")], [A]],
+        ),
+        (
+            {"prompt": [user("p")], "completion": [*CHAT, user("r"), assistant("d")]},
+            [[U], [A, ("user", "r"), ("*assistant", "d")]],
         ),
         (
             {"instruction": "Add.", "input": "1 2", "output": "3", "text": "unused"},
-            ("### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n", "3"),
+            ["### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n", "3"],
         ),
         (
-            {"instruction": "Sing.", "input": " ", "output": "la"},
-            ("### Instruction:\nSing.\n\n### Response:\n", "la"),
+            {"instruction": "Sing.", "context": " ", "response": "la"},
+            ["### Instruction:\nSing.\n\n### Response:\n", "la"],
         ),
         (
-            {"instruction": "Sing.", "output": "la"},
-            ("### Instruction:\nSing.\n\n### Response:\n", "la"),
+            {"instruction": "", "input": "Sing.", "output": "la"},
+            ["### Instruction:\nSing.\n\n### Response:\n", "la"],
         ),
         (
-            {"messages": [user("p"), {**assistant("c"), "tool_calls": None}]},
-            ([user("p")], [assistant("c")]),
+            {"instruction": "i", "output": "o", "history": [["q", "a"]], "system": "s"},
+            [
+                "s\n\n### Instruction:\nq\n\n### Response:\n",
+                "a</s>\n\n### Instruction:\ni\n\n### Response:\no",
+            ],
         ),
+        ({"text": "all of it"}, ["", "all of it"]),
+        ({"prompt": "p", "completion": "c", "label": True}, ["p", "c"]),
+        ({"messages": [user("p"), {**assistant("c"), "tool_calls": None}]}, [[U], [A]]),
+        ({"messages": [user("p"), CALL]}, [[U], [("*assistant", "")]]),
+        ({"messages": CHAT, "prompt": "p", "prompt_id": "7"}, [[U], [A]]),
     ],
 )
-def test_sft_formats(row: dict[str, Any], expected: tuple[Any, Any]) -> None:
-    assert sft_fields(row) == {"prompt": expected[0], "completion": expected[1]}
+def test_demonstrations(row: dict[str, Any], expected: list[Any]) -> None:
+    assert told(read(row)) == expected
+
+
+def test_only_the_last_answer_on_request_and_without_a_template_in_text() -> None:
+    row = {"messages": [*CHAT, user("r"), assistant("d")]}
+    assert told(read(row, train_on="last"))[1] == [("*assistant", "d")]
+    reading = read({"instruction": "i", "output": "o", "history": [["q", "a"]]}, train_on="last")
+    assert told(reading)[1] == "o"
+    plain = {"system": "s", "question": "p", "answer": "c"}
+    assert told(read(plain, has_template=False)) == ["s\n\np\n\n", "c"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "### Human: p### Assistant: c### Human: q### Assistant: d",
+        "<|im_start|>user\np<|im_end|>\n<|im_start|>assistant\nc<|im_end|>\n<|im_start|>user\nq",
+        "\n\nHuman: p\n\nAssistant: c\n\nHuman: q\n\nAssistant: d",
+        "USER: p ASSISTANT: c USER: q ASSISTANT: d",
+        "[INST] p [/INST] c [INST] q [/INST] d",
+    ],
+)
+def test_of_a_dialogue_in_one_text_the_answers_are_trained_on(text: str) -> None:
+    (rendered,) = read({"text": text}).texts
+    answers = "".join(rendered.text[start:end] for start, end in rendered.spans)
+    assert "c" in answers
+    assert not set("pq") & set(answers)
 
 
 HH = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: why?\n\nAssistant:"
+C, R = ("*assistant", "c"), ("*assistant", "r")
+ML = "<|im_start|>user\np<|im_end|>\n<|im_start|>assistant\n"
+
+
+def pair(chosen: Any, rejected: Any, **others: Any) -> dict[str, Any]:
+    return {**others, "chosen": chosen, "rejected": rejected}
 
 
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
-        ({"prompt": "p", "chosen": "c", "rejected": "r"}, ("p", "c", "r")),
+        (pair("c", "r", prompt="p"), ["p", "c", "r"]),
         # A text response that happens to begin like its prompt is left alone.
-        ({"prompt": "I", "chosen": "I am", "rejected": "I was"}, ("I", "I am", "I was")),
-        (
-            {
-                "prompt": [user("p")],
-                "chosen": [user("p"), assistant("c")],
-                "rejected": [user("p"), assistant("r")],
-            },
-            ([user("p")], [assistant("c")], [assistant("r")]),
+        (pair("I am", "I was", prompt="I"), ["I", "I am", "I was"]),
+        (pair("Q: a b? A: c", " Q: a b? A: r", prompt="Q: a b? A:"), ["Q: a b? A:", " c", " r"]),
+        (pair("Q: a b? c", "Q: a b? r", prompt="Q: a b? "), ["Q: a b? ", "c", "r"]),
+        *(
+            (pair([*front, assistant("c")], [*front, assistant("r")], prompt=prompt), told)
+            for front, prompt, told in [
+                ([], [user("p")], [[U], [C], [R]]),
+                ([user("p")], [user("p")], [[U], [C], [R]]),
+                ([user("p")], "p", [[U], [C], [R]]),  # UltraFeedback
+                ([user("p")], " p\n", [[("user", " p\n")], [C], [R]]),
+                ([user("p")], [{**user("p"), "turn": 1}], [[U], [C], [R]]),
+                ([system("s"), user("p")], "p", [[S, U], [C], [R]]),
+                ([user("p")], [system("s"), user("p")], [[S, U], [C], [R]]),
+                ([user("p"), assistant("x"), user("q")], "p",
+                 [[U, ("assistant", "x"), ("user", "q")], [C], [R]]),
+            ]
         ),
-        (  # UltraFeedback: a string prompt that the messages repeat
-            {
-                "prompt": "p",
-                "chosen": [user("p"), assistant("c")],
-                "rejected": [user("p"), assistant("r")],
-            },
-            ([user("p")], [assistant("c")], [assistant("r")]),
-        ),
-        (
-            {"chosen": [user("p"), assistant("c")], "rejected": [user("p"), assistant("r")]},
-            ([user("p")], [assistant("c")], [assistant("r")]),
-        ),
-        (  # equal dialogues still leave a response on both sides
-            {"chosen": [user("p"), assistant("c")], "rejected": [user("p"), assistant("c")]},
-            ([user("p")], [assistant("c")], [assistant("c")]),
-        ),
+        (pair(assistant("c"), assistant("r"), prompt="p"), [[U], [C], [R]]),
+        (pair([user("p"), {**assistant("c"), "score": 1}], [{**user("p"), "score": 0},
+         assistant("r")]), [[U], [C], [R]]),
+        # equal dialogues still leave a response on both sides
+        (pair(CHAT, CHAT), [[U], [C], [C]]),
         # hh-rlhf: the shared beginning of the answers stays in the answers.
-        ({"chosen": HH + " So, yes", "rejected": HH + " So, no"}, (HH, " So, yes", " So, no")),
-        ({"chosen": HH + " x", "rejected": HH + " x"}, (HH, " x", " x")),
-        ({"chosen": "Say it: yes", "rejected": "Say it: yeah"}, ("Say it:", " yes", " yeah")),
-        ({"chosen": "Q\n\nyes", "rejected": "Q\n\nno"}, ("Q", "\n\nyes", "\n\nno")),
-        ({"chosen": "a b", "rejected": "a b c"}, ("a", " b", " b c")),
-        ({"chosen": "yes", "rejected": "no"}, ("", "yes", "no")),
+        (pair(HH + " So, yes", HH + " So, no"), [HH, " So, yes", " So, no"]),
+        (pair(ML + "So: c", ML + "So: r"), [ML, "So: c", "So: r"]),
+        (pair("Say it: yes", "Say it: yeah"), ["Say it:", " yes", " yeah"]),
+        (pair("a b", "a b c"), ["a", " b", " b c"]),
+        (pair("c", "r", question="p", system="s"), [[S, U], [C], [R]]),
+        (pair("c", "r", instruction="i"), ["### Instruction:\ni\n\n### Response:\n", "c", "r"]),
+        ({"question": "p", "response_j": "c", "response_k": "r"}, [[U], [C], [R]]),
+        (
+            {
+                "input": {"messages": [user("p")], "tools": []},
+                "preferred_output": [assistant("c")],
+                "non_preferred_output": [assistant("r")],
+            },
+            [[U], [C], [R]],
+        ),
+        (
+            pair(
+                {"from": "gpt", "value": "c"},
+                {"from": "gpt", "value": "r"},
+                conversations=[{"from": "human", "value": "p"}],
+            ),
+            [[U], [C], [R]],
+        ),
     ],
-)
-def test_preference_formats(row: dict[str, Any], expected: tuple[Any, Any, Any]) -> None:
-    fields = preference_fields(row)
-    assert (fields["prompt"], fields["chosen"], fields["rejected"]) == expected
+)  # fmt: skip
+def test_preferences(row: dict[str, Any], expected: list[Any]) -> None:
+    assert told(read(row, PREFERENCE_ROWS)) == expected
 
 
 @given(st.text(), st.text(), st.text())
 @settings(max_examples=50, deadline=None)
 def test_an_implicit_prompt_loses_no_text(shared: str, one: str, two: str) -> None:
-    fields = preference_fields({"chosen": shared + one, "rejected": shared + two})
-    assert fields["prompt"] + fields["chosen"] == shared + one
-    assert fields["prompt"] + fields["rejected"] == shared + two
+    try:
+        reading = read({"chosen": shared + one, "rejected": shared + two}, PREFERENCE_ROWS)
+    except RowError:  # no prompt, or no answer behind it
+        return
+    assert [text.text for text in reading.texts] == [shared + one, shared + two]
+    assert reading.texts[0].prompt == reading.texts[1].prompt
 
 
 @pytest.mark.parametrize(
-    ("fields", "row", "words"),
+    ("row", "kind", "reason", "word"),
     [
-        (sft_fields, {"text": "x", "id": 1}, ["text, id", "prompt+completion", "messages"]),
-        (preference_fields, {"chosen": "x"}, ["chosen", "prompt+chosen+rejected"]),
-        (sft_fields, {}, ["(none)"]),
+        ({"prompt": None, "completion": "c"}, SFT_ROWS, messages.NOT_TEXT, "prompt"),
+        ({"prompt": "p", "completion": True}, SFT_ROWS, messages.NOT_TEXT, "True"),
+        ({"prompt": "p", "completion": "x\ud83d"}, SFT_ROWS, messages.SURROGATE, r"\ud83d"),
+        ({"messages": "hello"}, SFT_ROWS, messages.NOT_TEXT, "hello"),
+        ({"messages": [user("p"), {"role": "assistant"}]}, SFT_ROWS, messages.NOT_TEXT, "None"),
+        ({"messages": [user("p")]}, SFT_ROWS, formats.NO_ASSISTANT, "user"),
+        ({"messages": [assistant("c")]}, SFT_ROWS, formats.EMPTY_PROMPT, "'c'"),
+        (
+            {"messages": [user("p"), {**assistant("c"), "weight": 0}]},
+            SFT_ROWS,
+            formats.UNTRAINED,
+            "assistant (0)",
+        ),
+        (
+            {"messages": [user("p"), {**assistant("c"), "weight": 0.5}]},
+            SFT_ROWS,
+            messages.WEIGHT,
+            "0.5",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image"}]}, CHAT[1]]},
+            SFT_ROWS,
+            messages.NOT_TEXT_PART,
+            "image",
+        ),
+        ({"messages": CHAT, "images": ["a.jpg"]}, SFT_ROWS, messages.MEDIA, "a.jpg"),
+        ({"messages": CHAT, "tools": "look"}, SFT_ROWS, messages.NOT_TEXT, "look"),
+        ({"prompt": "p", "completion": "c", "label": "False"}, SFT_ROWS, formats.UNWANTED, "false"),
+        ({"instruction": " ", "input": "", "output": "x"}, SFT_ROWS, formats.EMPTY_PROMPT, "''"),
+        ({"prompt": "p", "response": " "}, SFT_ROWS, formats.EMPTY_RESPONSE, "p"),
+        # columns that may carry a part of the conversation and say something else
+        ({"prompt": "p", "completion": "c", "context": "k"}, SFT_ROWS, formats.UNCLEAR, "'k'"),
+        ({"question": "p", "answer": "c", "response": "d"}, SFT_ROWS, formats.UNCLEAR, "answer"),
+        ({"messages": CHAT, "history": [["q", "a"]]}, SFT_ROWS, formats.UNCLEAR, "history"),
+        (
+            {"messages": [system("t"), *CHAT], "system": "s"},
+            SFT_ROWS,
+            formats.UNCLEAR,
+            "'t'",
+        ),
+        (pair("c", "r", prompt="p", question="o"), PREFERENCE_ROWS, formats.UNCLEAR, "question"),
+        (pair("c", None), PREFERENCE_ROWS, messages.NOT_TEXT, "rejected"),
+        (pair("yes", "no"), PREFERENCE_ROWS, formats.EMPTY_PROMPT, "'no'"),
+        (
+            pair([user("o"), assistant("c")], [user("o"), assistant("r")], prompt="p"),
+            PREFERENCE_ROWS,
+            pairs.UNCLEAR_PROMPT,
+            "'o'",
+        ),
+        (
+            pair("Q: a b? A: c", "r", prompt="Q: a b? A:"),
+            PREFERENCE_ROWS,
+            pairs.UNCLEAR_PROMPT,
+            "only one",
+        ),
+        ({"words": "x", "id": 1}, SFT_ROWS, formats.NO_FORMAT, "words, id"),
+        ({"chosen": "x"}, PREFERENCE_ROWS, formats.NO_FORMAT, "chosen/rejected"),
+        ({}, SFT_ROWS, formats.NO_FORMAT, "(none)"),
     ],
 )
-def test_unknown_columns_name_what_is_there_and_what_is_accepted(
-    fields: Any, row: dict[str, Any], words: list[str]
+def test_a_row_that_cannot_be_used_says_why_in_one_line(
+    row: dict[str, Any], kind: RowKind, reason: str, word: str
 ) -> None:
-    with pytest.raises(DataError) as error:
-        fields(row)
-    assert "\n" not in str(error.value)
-    assert all(word in str(error.value) for word in words)
-
-
-@pytest.mark.parametrize(
-    ("fields", "row", "reason"),
-    [
-        (sft_fields, {"prompt": None, "completion": "c"}, "not text"),
-        (sft_fields, {"prompt": "p", "completion": 3}, "not text"),
-        (sft_fields, {"messages": "hello"}, "not text"),
-        (sft_fields, {"messages": [user("p"), {"role": "assistant"}]}, "not text"),
-        (sft_fields, {"messages": [user("p")]}, "no assistant message"),
-        (sft_fields, {"instruction": None, "output": "x"}, "not text"),
-        (sft_fields, {"instruction": "i", "input": 3, "output": "x"}, "not text"),
-        (sft_fields, {"instruction": " ", "input": "a", "output": "x"}, "empty prompt"),
-        (preference_fields, {"chosen": "c", "rejected": None}, "not text"),
-        (preference_fields, {"prompt": "p", "chosen": ["c"], "rejected": "r"}, "not text"),
-    ],
-)
-def test_values_that_are_not_text(fields: Any, row: dict[str, Any], reason: str) -> None:
     with pytest.raises(RowError) as error:
-        fields(row)
+        read(row, kind)
     assert error.value.reason == reason
-    assert isinstance(error.value, ValueError)
+    assert word in error.value.detail
+    assert "\n" not in str(error.value)
 
 
-# --- loading
-
-
-def write(path: Path, rows: list[dict[str, Any]] = ROWS) -> Path:
-    import pandas as pd
-
-    if path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    elif path.suffix == ".json":
-        path.write_text(json.dumps(rows), encoding="utf-8")
-    elif path.suffix == ".csv":
-        pd.DataFrame(rows).to_csv(path, index=False)
-    else:
-        pd.DataFrame(rows).to_parquet(path)
-    return path
-
-
-@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet", ".csv"])
-def test_every_file_format_gives_the_same_rows(tmp_path: Path, suffix: str) -> None:
-    path = write(tmp_path / f"rows{suffix}")
-    assert load_rows(str(path)).to_list() == ROWS
-    assert load_rows(str(path), limit=2).to_list() == ROWS[:2]
-    if suffix != ".csv":  # `datasets` never closes a CSV file that it has not read to its end
-        assert load_rows(str(path), limit=2, streaming=True).to_list() == ROWS[:2]
-    for streaming in (False, True):
-        assert load_rows(str(path), limit=100, streaming=streaming).to_list() == ROWS
-
-
-def test_a_directory_is_read_by_split(tmp_path: Path) -> None:
-    folder = tmp_path / "set"
-    folder.mkdir()
-    write(folder / "train.jsonl", ROWS[:3])
-    write(folder / "test.jsonl", ROWS[3:])
-    assert load_rows(str(folder)).to_list() == ROWS[:3]
-    assert load_rows(str(folder), split="test").to_list() == ROWS[3:]
-    assert load_rows(str(folder), split="train[:1]").to_list() == ROWS[:1]
-    assert load_rows(str(folder), split="test", limit=1, streaming=True).to_list() == ROWS[3:4]
-
-
-@pytest.mark.parametrize("name", ["rows.jsonl", "set/train.jsonl"])
-def test_an_edited_file_is_read_anew_whatever_its_time_says(name: str, tmp_path: Path) -> None:
-    path = tmp_path / name
-    path.parent.mkdir(exist_ok=True)
-    source = str(path.parent if "/" in name else path)
-    for word in ("one", "two", "one"):
-        write(path, [{"prompt": "p", "completion": word}])
-        os.utime(path, (1e9, 1e9))
-        assert load_rows(source)[0]["completion"] == word
-
-
-def test_hub_ids_reach_load_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    monkeypatch.setattr(formats.datasets, "load_dataset", lambda **kw: calls.append(kw) or ROWS)
-    assert load_rows("vicgalle/alpaca-gpt4") == ROWS
-    load_rows("who/what", split="test", config_name="en")
-    assert calls == [
-        {"path": "vicgalle/alpaca-gpt4", "split": "train"},
-        {"path": "who/what", "name": "en", "split": "test"},
+def test_tool_calls_are_objects_and_nulls_are_not_invented() -> None:
+    arguments = {"town": {"name": "x", "zip": None}, "day": None}
+    calls = [
+        {"type": "function", "function": {"name": "f", "arguments": arguments}},
+        {"id": "1", "function": {"name": "f", "arguments": json.dumps({"day": 3, "town": None})}},
     ]
+    row = {"messages": [user("p"), {"role": "assistant", "content": None, "tool_calls": calls}]}
+    reading = read(row | {"tools": json.dumps([{"name": "f", "default": None}])})
+    assert reading.chat is not None
+    (message,) = reading.chat.responses[0]
+    spelled = [call["function"]["arguments"] for call in message.extra["tool_calls"]]
+    assert spelled == [{"town": {"name": "x"}}, {"day": 3, "town": None}]
+    assert reading.chat.tools == [{"name": "f"}]
 
 
-def test_messages_survive_streaming(tmp_path: Path) -> None:
-    rows = [{"messages": [user("p"), assistant("c")]}] * 3
-    path = str(write(tmp_path / "chats.jsonl", rows))
-    streamed = load_rows(path, limit=3, streaming=True)
-    assert streamed.to_list() == load_rows(path).to_list() == rows
-
-
-def test_a_hub_failure_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(**_: Any) -> None:
-        raise formats.datasets.exceptions.DatasetNotFoundError("no such\ndata set")
-
-    monkeypatch.setattr(formats.datasets, "load_dataset", fail)
-    with pytest.raises(DataError, match=r"'who/what'.*no such data set"):
-        load_rows("who/what")
-
-
-@pytest.mark.parametrize("name", ["gone.jsonl", "./gone", "a/b/c", "/no/where", "x.parquet"])
-def test_a_missing_file_is_named(name: str) -> None:
-    with pytest.raises(DataError, match="no such file") as error:
-        load_rows(name)
-    assert name in str(error.value)
-
-
-def test_other_loading_mistakes(tmp_path: Path) -> None:
-    (tmp_path / "x.txt").write_text("x", encoding="utf-8")
-    (tmp_path / "bad.jsonl").write_text('{"prompt": \n', encoding="utf-8")
-    (tmp_path / "empty").mkdir()
-    for source, options, words in [
-        ("x.txt", {}, [".txt", ".jsonl"]),
-        ("bad.jsonl", {}, ["bad.jsonl"]),
-        ("empty", {}, ["empty", ".parquet"]),
-        (str(write(tmp_path / "r.jsonl")), {"split": "nope"}, ["r.jsonl", "nope"]),
-        ("r.jsonl", {"limit": 0}, ["limit", "0"]),
-        ("r.jsonl", {"streaming": True}, ["r.jsonl", "streaming", "how many"]),
-        ("r.jsonl", {"streaming": True, "limit": 2, "split": "train[:1]"}, ["train[:1]"]),
-        ("bad.jsonl", {"streaming": True, "limit": 2}, ["bad.jsonl"]),
-    ]:
-        with pytest.raises(DataError) as error:
-            load_rows(str(tmp_path / source), **options)
-        assert "\n" not in str(error.value)
-        assert all(word in str(error.value) for word in words), error.value
-
-
-# --- real data
+def test_columns_by_name_and_columns_not_used() -> None:
+    row = {"query": "o", "ask": "p", "reply": "c", "system": "s", "id": 3, "note": None}
+    reading = read(row, columns={"prompt": "ask", "completion": "reply", "system": ""})
+    assert told(reading) == ["p", "c"]
+    assert reading.unused == ("query", "system", "id")
+    assert formats.parse_columns("prompt=ask, completion = reply,system=", "--x") == {
+        "prompt": "ask",
+        "completion": "reply",
+        "system": "",
+    }
+    for text in ("prompt", "prompt=a,colour=b"):
+        with pytest.raises(DataError, match=r"--sft_columns .*MEANING=COLUMN"):
+            formats.parse_columns(text, "--sft_columns")
 
 
 @needs_shared
 def test_real_bare_dialogues_split_where_the_authors_of_the_data_split() -> None:
-    rows = load_rows(str(SHARED / "data" / "preference_train.parquet"), limit=500).to_list()
-    bare = [{k: row["prompt"] + row[k] for k in ("chosen", "rejected")} for row in rows]
-    assert [preference_fields(row) for row in bare] == rows
+    rows = load_rows(str(SHARED / "data" / "preference_train.parquet"), limit=500)
+    for row in raw_rows(rows[:]):
+        bare = {key: row["prompt"] + row[key] for key in ("chosen", "rejected")}
+        assert told(read(bare, PREFERENCE_ROWS)) == [*row.values()]

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from llm.benchmark.shapes import EOS, SEED, Shape
 from llm.data.encode import encode_preference, encode_sft
-from llm.data.formats import load_rows
+from llm.data.sources import load_rows
 from llm.loss.objectives import Row
 from theory.cli import UserError
 from theory.tasks import Task

@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from llm.data.encode import Encoded, fingerprint_rows
-from llm.data.formats import DataError
+import numpy as np
+
+from llm.data.encode import Encoded
+from llm.data.errors import DataError
+from llm.data.formats import BY_WISH
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -44,8 +47,7 @@ def check_max_length(
 
 def with_leaks_noted(held_out: Encoded, train: Encoded) -> Encoded:
     """`held_out` with a note on how many of its rows have the tokens of a training row."""
-    seen = {fingerprint_rows([row]) for row in train.rows}
-    leaked = sum(fingerprint_rows([row]) in seen for row in held_out.rows)
+    leaked = int(np.isin(held_out.digests(), train.digests()).sum())
     if not leaked:
         return held_out
     notes = held_out.report.notes | {LEAKED: leaked}
@@ -64,8 +66,9 @@ def check_shares(
     """
     report = encoded.report
     leaked = report.notes.get(LEAKED, 0)
+    dropped = sum(n for reason, n in report.dropped.items() if reason not in BY_WISH)
     for name, count, total, limit in (
-        ("dropped", sum(report.dropped.values()), report.total, max_dropped),
+        ("dropped", dropped, report.total, max_dropped),
         ("truncated", report.truncated, report.kept, max_truncated),
         ("leaked", leaked, report.kept, max_leaked),
     ):

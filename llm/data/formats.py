@@ -1,339 +1,494 @@
-"""Raw rows: read them from disk or from the hub and recognise their format.
+"""Which columns of a row say what: rows of every known format as a `Chat` or as plain texts.
 
-    rows = load_rows("pairs.jsonl")     # raw columns
-    preference_fields(rows[0])          # {"prompt": ..., "chosen": ..., "rejected": ...}
+    reading = read_row(row, SFT_ROWS, Options())
+    reading.chat or reading.texts          # messages for a chat template, or text with its spans
+    reading.unused                         # columns that nothing was read from
 
-A mistake in the whole data set is a `DataError`, one unusable row a `RowError` with the reason
-under which `llm.data.encode` counts it.
+Nothing is guessed: a column that may carry a part of the conversation and is not read must repeat
+what is read, or the row is refused with the flag that settles it (`--sft_columns`).
 """
 
 from __future__ import annotations
 
-import hashlib
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import islice
-from pathlib import Path
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-import datasets
+from llm.data.errors import DataError, RowError, quote
+from llm.data.messages import (
+    NOT_TEXT,
+    Message,
+    Rendered,
+    assistant,
+    check_media,
+    is_conversation,
+    read_messages,
+    read_text,
+    read_tools,
+    user,
+)
+from llm.data.pairs import (
+    REPEATED,
+    document_spans,
+    merged,
+    prompt_end,
+    split_shared,
+    without_repeat,
+)
 
-from theory.cli import UserError
+Row = Mapping[str, Any]
 
-Row: TypeAlias = Mapping[str, Any]
-Rows: TypeAlias = datasets.Dataset | Sequence[Row]
-
-NOT_TEXT = "not text"
-NO_ASSISTANT = "no assistant message"
+NO_FORMAT = "no known format"
+NO_ASSISTANT = "no answer to train on"
 EMPTY_PROMPT = "empty prompt"
 EMPTY_RESPONSE = "empty response"
+UNWANTED = "labelled as unwanted"
+UNTRAINED = "weight 0 on every answer"
+BY_WISH = (UNWANTED, UNTRAINED)
+"""Rows that their owner wants left out: no loss, however many."""
+UNCLEAR = "unclear columns"
 
-_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_HH_MARKER = "\n\nAssistant:"
-_BATCH_SIZE = 1000
-
-
-class DataError(UserError):
-    """A mistake in the user's data or flags, told in one line."""
-
-
-class RowError(DataError):
-    """One row that cannot be used; `reason` is the key under which encoding counts it."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason = reason
-
-
-# ---------------------------------------------------------------------------------------- loading
-
-
-def load_rows(
-    source: str,
-    *,
-    split: str | None = None,
-    config_name: str | None = None,
-    limit: int | None = None,
-    streaming: bool = False,
-) -> datasets.Dataset:
-    """Read a data set as it is, from disk or from the hub.
-
-    Args:
-        source: a .jsonl, .json, .parquet or .csv file, a directory of such files (split names in
-            the file names count, as `datasets` defines them), or a hub id.
-        split: default "train"; the slicing syntax of `datasets` works ("train[:100]").
-        config_name: which configuration of a data set that has several.
-        limit: keep at most this many rows, from the start.
-        streaming: read these `limit` rows and nothing else (no slices of splits then).
-
-    Raises:
-        DataError: missing or unreadable file, unknown suffix, unknown hub id, configuration or
-            split; streaming without a limit.
-    """
-    if limit is not None and limit < 1:
-        raise DataError(f"limit is {limit}; it must be at least 1")
-    if streaming and limit is None:
-        raise DataError(f"{source}: streaming reads the first rows and needs to know how many")
-    arguments = _load_arguments(source) | ({"name": config_name} if config_name else {})
-    try:
-        if streaming:
-            return _first_rows(arguments, split or "train", limit)
-        arguments |= _kept_by_content(Path(source).expanduser())
-        rows = datasets.load_dataset(**arguments, split=split or "train")
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        cause = error.__cause__ or error
-        raise DataError(f"cannot load {source!r}: {one_line(cause)}") from error
-    return rows if limit is None else rows.select(range(min(limit, len(rows))))
+CONVERSATIONS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat", "turns")
+PROMPTS = ("prompt", "instruction", "question", "query", "problem")
+ANSWERS = ("completion", "response", "answer", "output", "solution")
+PAIRS = (
+    *(("chosen", "rejected"), ("chosen_response", "rejected_response")),
+    *(("response_j", "response_k"), ("preferred_output", "non_preferred_output")),
+    *(("preferred", "dispreferred"), ("accepted", "rejected"), ("win", "lose")),
+    *(("response_chosen", "response_rejected"), ("answer_chosen", "answer_rejected")),
+)
+EXTRAS = ("input", "context")
+"""What a prompt refers to, in a column of its own."""
+SYSTEMS = ("system", "system_prompt", "system_message")
+HISTORIES = ("history",)
+TOOLS = ("tools", "functions")
+MEANINGS = (
+    *("prompt", "completion", "chosen", "rejected", "messages", "text", "instruction"),
+    *("input", "system", "history", "tools", "label"),
+)
+"""What --sft_columns and --dpo_columns can name a column for."""
+_KNOWN = {*PROMPTS, *ANSWERS, *CONVERSATIONS, "text", *(name for pair in PAIRS for name in pair)}
+_ALPACA = ("### Instruction:\n", "\n\n### Input:\n", "\n\n### Response:\n")
 
 
-def _kept_by_content(source: Path) -> dict[str, Any]:
-    """Where `datasets` keeps local rows: by itself it tells edited files by their times alone."""
-    files = sorted(p for p in (source.rglob("*") if source.is_dir() else [source]) if p.is_file())
-    if not files:
-        return {}  # of the hub, where a revision tells
-    content = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            content.update(hashlib.file_digest(file, "sha256").digest())
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "by_content" / content.hexdigest()[:32]
-    return {"cache_dir": str(folder)}
+@dataclass(frozen=True)
+class Options:
+    """How rows are read: see `llm.flags.arguments.DataArguments`."""
+
+    columns: Mapping[str, str] = field(default_factory=dict)
+    train_on: str = "all"
+    has_template: bool = True
+    eos: str = ""
 
 
-def _first_rows(arguments: dict[str, Any], split: str, limit: int | None) -> datasets.Dataset:
-    """The first rows of a stream, in memory; from here on nothing differs from a loaded set."""
-    stream = datasets.load_dataset(**arguments, split=split, streaming=True)
-    # `stream.take` would open the next file to find out that it needs nothing from it.
-    return datasets.Dataset.from_list(list(islice(stream, limit)), features=stream.features)
+@dataclass(frozen=True)
+class Chat:
+    """Messages in front of the answers, and one list of messages for each answer."""
+
+    prompt: list[Message]
+    responses: tuple[list[Message], ...]
+    tools: list[Any] | None = None
 
 
-def is_missing_file(source: str) -> bool:
-    """Whether `source` can only mean a local file, and there is none."""
-    path = Path(source).expanduser()
-    looks_local = path.suffix.lower() in _BUILDERS or not _HUB_ID.fullmatch(source)
-    return (looks_local or source.startswith(".")) and not path.exists()
+@dataclass(frozen=True)
+class Reading:
+    """One row as its format says: a chat, or texts (one for each answer)."""
 
-
-def _load_arguments(source: str) -> dict[str, Any]:
-    path = Path(source).expanduser()
-    if path.is_file():
-        if path.suffix.lower() not in _BUILDERS:
-            raise DataError(
-                f"{source}: unknown suffix {path.suffix!r}; use one of {', '.join(_BUILDERS)}"
-            )
-        return {"path": _BUILDERS[path.suffix.lower()], "data_files": str(path)}
-    if path.is_dir():
-        if not any(file.suffix.lower() in _BUILDERS for file in path.rglob("*")):
-            raise DataError(f"{source}: the directory holds no {', '.join(_BUILDERS)} file")
-        return {"path": str(path)}
-    if is_missing_file(source):
-        raise DataError(f"{source}: no such file or directory")
-    return {"path": source}
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
-
-
-# ----------------------------------------------------------------------------- formats of the rows
-
-
-def sft_fields(row: Row) -> dict[str, Any]:
-    """One raw row as {"prompt", "completion"}: two strings, or two lists of messages.
-
-    Formats: `prompt`+`completion` (strings or messages); `messages` (the last assistant message
-    is the completion, what stands before it the prompt); Alpaca's `instruction`+`output` with an
-    optional `input`, rendered as
-
-        ### Instruction:\\n{instruction}\\n\\n### Input:\\n{input}\\n\\n### Response:\\n{output}
-
-    without the Input paragraph where `input` is empty.
-
-    Raises:
-        DataError: no format matches the columns.
-        RowError: the format matches but a value is not text (None, a number, odd messages).
-    """
-    match _match_format(row, SFT_ROWS):
-        case "messages":
-            return _split_messages(_messages(row["messages"], "messages"))
-        case "alpaca":
-            return _alpaca(row)
-        case _:
-            prompt, completion = _same_kind(row, "prompt", "completion")
-            return {"prompt": prompt, "completion": completion}
-
-
-def preference_fields(row: Row) -> dict[str, Any]:
-    """One raw row as {"prompt", "chosen", "rejected"}: strings, or lists of messages.
-
-    With a `prompt` column: as given; responses in messages that repeat the prompt lose it. Without
-    one the prompt is what both responses share: their common messages; in text the common prefix
-    up to and including its last "\\n\\nAssistant:" (hh-rlhf, arXiv 2204.05862) or, without that
-    marker, up to its last white space, which goes to the responses.
-
-    Raises:
-        DataError: no format matches the columns.
-        RowError: the format matches but a value is not text.
-    """
-    if _match_format(row, PREFERENCE_ROWS) == "explicit prompt":
-        prompt, chosen, rejected = _same_kind(row, "prompt", "chosen", "rejected")
-        if isinstance(prompt, list):
-            chosen, rejected = (_without_prefix(part, prompt) for part in (chosen, rejected))
-    else:
-        chosen, rejected = _same_kind(row, "chosen", "rejected")
-        cut = _prompt_end(chosen, rejected)
-        prompt, chosen, rejected = chosen[:cut], chosen[cut:], rejected[cut:]
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    chat: Chat | None = None
+    texts: tuple[Rendered, ...] = ()
+    is_document: bool = False
+    notes: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class RowKind:
     """What differs between the two kinds of data."""
 
-    fields: Callable[[Row], dict[str, Any]]
+    label: str
     responses: tuple[str, ...]
-    formats: dict[str, tuple[str, ...]]  # name -> the columns it needs; the first match counts
+    accepted: str
 
 
 SFT_ROWS = RowKind(
-    sft_fields,
+    "sft",
     ("completion",),
-    {
-        "prompt-completion": ("prompt", "completion"),
-        "messages": ("messages",),
-        "alpaca": ("instruction", "output"),
-    },
+    f"{'/'.join(PROMPTS)} + {'/'.join(ANSWERS)} | {'/'.join(CONVERSATIONS)} | text",
 )
 PREFERENCE_ROWS = RowKind(
-    preference_fields,
+    "dpo",
     ("chosen", "rejected"),
-    {
-        "explicit prompt": ("prompt", "chosen", "rejected"),
-        "implicit prompt": ("chosen", "rejected"),
-    },
+    f"{'/'.join(PROMPTS)} + {' or '.join('/'.join(pair) for pair in PAIRS)}; the prompt may stand "
+    "in the pair",
 )
 
 
-def _match_format(columns: Sequence[str] | Row, kind: RowKind, where: str = "") -> str:
-    for name, needed in kind.formats.items():
-        if all(column in columns for column in needed):
-            return name
-    accepted = " | ".join("+".join(needed) for needed in kind.formats.values())
-    raise DataError(
-        f"{where}columns {', '.join(map(str, columns)) or '(none)'} match no accepted format: "
-        f"{accepted}"
+def parse_columns(text: str | None, flag: str) -> dict[str, str]:
+    """`prompt=question,completion=answer` as meaning to column.
+
+    Raises:
+        DataError: not of that form, or no such meaning.
+    """
+    pairs = [each.partition("=") for each in (text or "").split(",") if each.strip()]
+    for meaning, equals, _ in pairs:
+        if not equals or meaning.strip() not in MEANINGS:
+            raise DataError(
+                f"{flag} {text}: give MEANING=COLUMN,... with {', '.join(MEANINGS)} for MEANING"
+            )
+    return {meaning.strip(): column.strip() for meaning, _, column in pairs}
+
+
+class _Columns:
+    """The columns of a row that have a value; knows which ones were read."""
+
+    def __init__(self, row: Row, columns: Mapping[str, str]) -> None:
+        hidden = {*columns, *columns.values()}
+        named = {meaning: row.get(column) for meaning, column in columns.items() if column}
+        own = {key: value for key, value in row.items() if key not in hidden}
+        self.row, self.columns = row, columns
+        self.values = {k: v for k, v in (own | named).items() if v is not None}
+        self.read: set[str] = set()
+
+    def first(self, names: Iterable[str]) -> str | None:
+        return next((name for name in names if name in self.values), None)
+
+    def take(self, names: Iterable[str] | str) -> Any:
+        name = self.first([names] if isinstance(names, str) else names)
+        if name is None:
+            return None
+        self.read.add(name)
+        return self.values[name]
+
+    def text(self, names: Iterable[str]) -> str:
+        """The text of the first of these columns; empty if there is none."""
+        name = self.first(names)
+        return "" if name is None else read_text(self.take(name), name)
+
+    def unused(self) -> tuple[str, ...]:
+        origins = {self.columns.get(name, name) for name in self.read}
+        return tuple(k for k, v in self.row.items() if v is not None and k not in origins)
+
+
+def read_row(row: Row, kind: RowKind, options: Options) -> Reading:
+    """One raw row as its format says.
+
+    Demonstrations: a prompt and an answer, a conversation, or `text`; preferences: a prompt and two
+    answers, where the answers may repeat the prompt. Names are those of PROMPTS, ANSWERS, PAIRS and
+    CONVERSATIONS, beside `input`, `system`, `history`, `tools` and KTO's `label`. `prompt` with
+    text is continued as it stands; `instruction` is rendered as Alpaca's
+
+        ### Instruction:\\n{instruction}\\n\\n### Input:\\n{input}\\n\\n### Response:\\n{output}
+
+    without the Input paragraph where it is empty; every other row becomes messages.
+
+    Raises:
+        RowError: no format matches, a value is not text, or it is unclear what a column is.
+    """
+    columns = _Columns(row, options.columns)
+    check_media(columns.values)
+    read = _read_sft if kind is SFT_ROWS else _read_preference
+    reading = read(columns, kind, options)
+    if not options.columns:
+        _check_left_over(columns, reading, kind)
+    return replace(reading, unused=columns.unused())
+
+
+def _read_sft(columns: _Columns, kind: RowKind, options: Options) -> Reading:
+    label = str(columns.values.get("label")).lower()
+    if label in _LABELS and not _LABELS[str(columns.take("label")).lower()]:
+        raise RowError(UNWANTED, f"label is {label}")
+    conversation = columns.first(CONVERSATIONS)
+    if conversation and not columns.values.keys() >= {"prompt", "completion"}:
+        return _conversation(columns, conversation, options)
+    question, answer = _question(columns), columns.first(ANSWERS)
+    if "instruction" in columns.values and "output" in columns.values:
+        question, answer = "instruction", "output"
+    if question and answer and question != answer:
+        return _asked(columns, question, (answer,), options)
+    if "text" in columns.values:
+        text = read_text(columns.take("text"), "text")
+        if not text.strip():
+            raise RowError(EMPTY_RESPONSE, "text has none")
+        return Reading(texts=(Rendered(text, document_spans(text)),), is_document=True)
+    raise _no_format(columns, kind)
+
+
+_LABELS = {"true": True, "false": False, "1": True, "0": False}
+
+
+def _question(columns: _Columns) -> str | None:
+    if "completion" in columns.values and "prompt" in columns.values:
+        return "prompt"
+    return columns.first(PROMPTS) or columns.first(EXTRAS)
+
+
+def _read_preference(columns: _Columns, kind: RowKind, options: Options) -> Reading:
+    pair = next((each for each in PAIRS if columns.values.keys() >= set(each)), None)
+    if pair is None:
+        raise _no_format(columns, kind)
+    question = columns.first((*PROMPTS, *CONVERSATIONS)) or columns.first(EXTRAS)
+    if question is None:
+        return _without_question(columns, pair, options)
+    return _asked(columns, question, pair, options)
+
+
+def _no_format(columns: _Columns, kind: RowKind) -> RowError:
+    empty = [name for name, value in columns.row.items() if value is None and name in _KNOWN]
+    if empty:
+        raise RowError(NOT_TEXT, f"{', '.join(empty)} has no value")
+    names = ", ".join(columns.values) or "(none)"
+    return RowError(
+        NO_FORMAT, f"columns {names} match no accepted format: {kind.accepted}; name yours with "
+        f"--{kind.label}_columns {'prompt' if kind is SFT_ROWS else 'chosen'}=COLUMN,..."
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------- one conversation
+
+
+def _conversation(columns: _Columns, name: str, options: Options) -> Reading:
+    messages = read_messages(columns.take(name), name)
+    messages = _with_system(messages, columns.text(SYSTEMS))
+    return _trained_chat(messages, read_tools(columns.take(TOOLS)), options)
+
+
+def _with_system(messages: list[Message], system: str) -> list[Message]:
+    if not system.strip():
+        return messages
+    own = messages[:1] if messages and messages[0].role == "system" else []
+    if own and own[0].content.strip() not in ("", system.strip()):
+        raise RowError(UNCLEAR, f"two system messages: {quote(system)}, {quote(own[0].content)}")
+    return [Message("system", system), *messages[len(own) :]]
+
+
+def _trained_chat(messages: list[Message], tools: Any, options: Options) -> Reading:
+    """A chat whose prompt ends in front of the first answer that is trained on."""
+    replies = [i for i, each in enumerate(messages) if each.is_reply]
+    trained = [i for i in replies if messages[i].trained and not messages[i].is_blank]
+    if not trained:
+        wanted = [i for i in replies if messages[i].trained]
+        reason = EMPTY_RESPONSE if wanted else UNTRAINED if replies else NO_ASSISTANT
+        roles = ", ".join(f"{each.role} ({each.trained:d})" for each in messages)
+        raise RowError(reason, f"roles (trained on or not) are {roles}")
+    if options.train_on == "last":
+        trained = trained[-1:]
+    marked = [replace(each, trained=i in trained) for i, each in enumerate(messages)]
+    prompt = marked[: trained[0]]
+    if all(each.is_blank for each in prompt):
+        raise RowError(EMPTY_PROMPT, f"nothing stands in front of {quote(marked[0].content)}")
+    return Reading(chat=Chat(prompt, (marked[trained[0] : trained[-1] + 1],), tools))
+
+
+# ------------------------------------------------------------------------ a question and answers
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """The columns around a question, read."""
+
+    question: str
+    text: str
+    extra: str
+    system: str
+    history: list[Message]
+    tools: Any
+    answers: tuple[str, ...]
+
+    @property
+    def is_bare(self) -> bool:
+        return not (self.system.strip() or self.history or self.tools)
+
+
+def _asked(columns: _Columns, question: str, names: Sequence[str], options: Options) -> Reading:
+    value, answers = columns.take(question), [columns.take(name) for name in names]
+    tools = columns.take(TOOLS)
+    if isinstance(value, Mapping) and "messages" in value:  # OpenAI's preferences
+        value, tools = value["messages"], tools or value.get("tools")
+    if is_conversation(value) or any(map(is_conversation, answers)):
+        return _asked_in_messages(
+            columns, question, value, list(zip(names, answers, strict=True)), tools, options
+        )
+    text = read_text(value, question)
+    extra = "" if question in ("prompt", *EXTRAS) else columns.text(EXTRAS)
+    if not text.strip():
+        text, extra = extra, ""
+    asked = _Asked(
+        question,
+        text,
+        extra,
+        columns.text(SYSTEMS),
+        _history(columns),
+        read_tools(tools),
+        tuple(read_text(value, name) for name, value in zip(names, answers, strict=True)),
+    )
+    _check_blank(asked)
+    return _in_style(asked, options)
+
+
+def _check_blank(asked: _Asked) -> None:
+    if not asked.text.strip():
+        raise RowError(EMPTY_PROMPT, f"{asked.question} is {quote(asked.text)}")
+    for answer in asked.answers:
+        if not answer.strip():
+            raise RowError(EMPTY_RESPONSE, f"{asked.question} {quote(asked.text)} has {answer!r}")
+
+
+def _in_style(asked: _Asked, options: Options) -> Reading:
+    """Text where the columns say how it reads on, else messages."""
+    answers, repeated = without_repeat(asked.text, asked.answers)
+    notes = (REPEATED,) if repeated else ()
+    if asked.question == "instruction" and not asked.tools:
+        texts = tuple(_alpaca(asked, answer, options) for answer in answers)
+        return Reading(texts=texts, notes=notes)
+    if asked.question == "prompt" and asked.is_bare:
+        return Reading(texts=tuple(_continued(asked.text, each) for each in answers), notes=notes)
+    if not options.has_template and not asked.history and not asked.tools:
+        prompt = "\n\n".join(each for each in (asked.system, asked.text, asked.extra) if each)
+        prompt += "" if asked.question == "prompt" else "\n\n"
+        return Reading(texts=tuple(_continued(prompt, each) for each in answers), notes=notes)
+    question = f"{asked.text}\n\n{asked.extra}" if asked.extra.strip() else asked.text
+    messages = _with_system([*asked.history, user(question)], asked.system)
+    if len(answers) == 1:
+        reading = _trained_chat([*messages, assistant(answers[0])], asked.tools, options)
+        return replace(reading, notes=notes)
+    chat = Chat(messages, tuple([assistant(each)] for each in answers), asked.tools)
+    return Reading(chat=chat, notes=notes)
+
+
+def _continued(prompt: str, answer: str) -> Rendered:
+    return Rendered(prompt + answer, ((len(prompt), len(prompt) + len(answer)),))
+
+
+def _alpaca(asked: _Asked, answer: str, options: Options) -> Rendered:
+    """Alpaca's headings; the answers of earlier turns end in EOS and are trained on as well."""
+    text = f"{asked.system}\n\n" if asked.system.strip() else ""
+    spans = []
+    for each in [*asked.history, user(_alpaca_question(asked)), assistant(answer)]:
+        if each.is_reply:
+            spans.append((len(text), len(text) + len(each.content) + len(options.eos)))
+            text += f"{each.content}{options.eos}\n\n"
+        else:
+            text += f"{_ALPACA[0]}{each.content}{_ALPACA[2]}"
+    end = len(text) - len(options.eos) - 2  # what encoding puts there itself
+    spans[-1] = (spans[-1][0], end)
+    is_pair = len(asked.answers) == 2
+    chosen = spans[-1:] if options.train_on == "last" or is_pair else spans
+    return Rendered(text[:end], tuple(chosen))
+
+
+def _alpaca_question(asked: _Asked) -> str:
+    return asked.text + (f"{_ALPACA[1]}{asked.extra}" if asked.extra.strip() else "")
+
+
+def _history(columns: _Columns) -> list[Message]:
+    name = columns.first(HISTORIES)
+    value = columns.take(HISTORIES)
+    return read_messages(value, str(name)) if value not in (None, [], "", "[]") else []
+
+
+# ------------------------------------------------------------- a question or answers in messages
+
+
+def _asked_in_messages(
+    columns: _Columns,
+    question: str,
+    value: Any,
+    answers: Sequence[tuple[str, Any]],
+    tools: Any,
+    options: Options,
+) -> Reading:
+    prompt = _turns(value, question, user)
+    if question not in ("prompt", *EXTRAS, *CONVERSATIONS) and not is_conversation(value):
+        extra = columns.text(EXTRAS)
+        prompt = [user(f"{value}\n\n{extra}" if extra.strip() else str(value))]
+    if question in CONVERSATIONS and len(prompt) > 1 and prompt[-1].is_reply:
+        prompt = prompt[:-1]  # the conversation with the wanted answer, once more
+    prompt = _with_system([*_history(columns), *prompt], columns.text(SYSTEMS))
+    prompt = [replace(each, trained=False) for each in prompt]
+    responses = [merged(prompt, _turns(value, name, assistant)) for name, value in answers]
+    fronts = [[each.said for each in front] for front, _ in responses]
+    if any(front != fronts[0] for front in fronts):
+        raise RowError(UNCLEAR, f"the answers stand behind different prompts: {quote(fronts)}")
+    return _answered(responses[0][0], [rest for _, rest in responses], read_tools(tools), options)
+
+
+def _turns(value: Any, name: str, speaker: Callable[[str], Message]) -> list[Message]:
+    if is_conversation(value):
+        return read_messages(value, name)
+    return [speaker(read_text(value, name))]
+
+
+def _answered(
+    prompt: list[Message], responses: list[list[Message]], tools: Any, options: Options
+) -> Reading:
+    if len(responses) == 1:
+        return _trained_chat([*prompt, *responses[0]], tools, options)
+    prompt, responses = split_shared(prompt, responses)
+    for response in responses:
+        if not any(each.is_reply and each.trained for each in response):
+            raise RowError(NO_ASSISTANT, f"roles are {', '.join(each.role for each in response)}")
+        if all(each.is_blank for each in response if each.is_reply):
+            raise RowError(EMPTY_RESPONSE, f"after {quote(prompt[-1].content if prompt else '')}")
+    if all(each.is_blank for each in prompt):
+        raise RowError(EMPTY_PROMPT, "the two answers share no message in front of them")
+    return Reading(chat=Chat(prompt, tuple(responses), tools))
+
+
+def _without_question(columns: _Columns, pair: Sequence[str], options: Options) -> Reading:
+    """Both dialogues are whole: the prompt is what they share."""
+    values = [columns.take(name) for name in pair]
+    if any(map(is_conversation, values)):
+        system = columns.text(SYSTEMS)
+        turns = [
+            _with_system(_turns(v, n, assistant), system) for n, v in zip(pair, values, strict=True)
+        ]
+        return _answered([], turns, read_tools(columns.take(TOOLS)), options)
+    chosen, rejected = (read_text(value, name) for name, value in zip(pair, values, strict=True))
+    cut, notes = prompt_end(chosen, rejected)
+    system = columns.text(SYSTEMS)
+    prompt = f"{system}\n\n{chosen[:cut]}" if system.strip() else chosen[:cut]
+    if not prompt.strip():
+        raise RowError(EMPTY_PROMPT, f"{quote(chosen)} and {quote(rejected)} share no beginning")
+    for answer in (chosen[cut:], rejected[cut:]):
+        if not answer.strip():
+            raise RowError(EMPTY_RESPONSE, f"after {quote(prompt)}")
+    return Reading(
+        texts=tuple(_continued(prompt, each[cut:]) for each in (chosen, rejected)), notes=notes
     )
 
 
-def _same_kind(row: Row, *names: str) -> list[Any]:
-    """The values of the named columns, all strings, or all messages as soon as one is a list."""
-    values = [row[name] for name in names]
-    for name, value in zip(names, values, strict=True):
-        if not isinstance(value, str | list):
-            raise RowError(NOT_TEXT, f"{name} is {type(value).__name__}, not a string or messages")
-    if all(isinstance(value, str) for value in values):
-        return values
-    roles = ("user" if name == "prompt" else "assistant" for name in names)
-    return [
-        [{"role": role, "content": value}] if isinstance(value, str) else _messages(value, name)
-        for name, value, role in zip(names, values, roles, strict=True)
-    ]
+# ------------------------------------------------------------------------------- what was not read
 
 
-def _messages(value: Any, name: str) -> list[dict[str, Any]]:
-    """Validated copies; keys that are None (Arrow fills missing ones) are left out."""
-    if not isinstance(value, list):
-        raise RowError(NOT_TEXT, f"{name} is {type(value).__name__}, not a list of messages")
-    for message in value:
-        texts = (message.get("role"), message.get("content")) if isinstance(message, dict) else ()
-        if not texts or not all(isinstance(text, str) for text in texts):
-            raise RowError(NOT_TEXT, f"{name} has a message without a text role and content")
-    return [{k: v for k, v in message.items() if v is not None} for message in value]
+def _check_left_over(columns: _Columns, reading: Reading, kind: RowKind) -> None:
+    """Refuse a row with a column that may belong to its conversation and says something else."""
+    carriers = {*PROMPTS, *EXTRAS, *SYSTEMS, *HISTORIES, *CONVERSATIONS, *TOOLS}
+    carriers |= set(ANSWERS) if kind is SFT_ROWS and not reading.is_document else set()
+    read = [part for part in _texts_of(reading) if part]
+    everything = "\n".join(read)
+    for name in sorted(carriers & set(columns.unused())):
+        for text in _leaves(columns.row[name]):
+            if text not in everything and not any(part in text for part in read):
+                raise RowError(
+                    UNCLEAR,
+                    f"{name} says {quote(text)}, which is no part of what was read from "
+                    f"{', '.join(sorted(columns.read))}",
+                )
 
 
-def _split_messages(messages: list[dict[str, Any]]) -> dict[str, Any]:
-    for index in range(len(messages) - 1, -1, -1):
-        if messages[index]["role"] == "assistant":
-            # What follows the last answer has no answer: nothing to learn from.
-            return {"prompt": messages[:index], "completion": messages[index : index + 1]}
-    raise RowError(NO_ASSISTANT, "messages has none with role 'assistant'")
+def _texts_of(reading: Reading) -> list[str]:
+    if reading.chat is None:
+        return [each.text.strip() for each in reading.texts]
+    messages = [*reading.chat.prompt, *(each for part in reading.chat.responses for each in part)]
+    return [each.content.strip() for each in messages]
 
 
-def _alpaca(row: Row) -> dict[str, str]:
-    for name in ("instruction", "output"):
-        if not isinstance(row[name], str):
-            raise RowError(NOT_TEXT, f"{name} is {type(row[name]).__name__}, not a string")
-    # Without an instruction the headings alone would pass for a prompt.
-    if not row["instruction"].strip():
-        raise RowError(EMPTY_PROMPT, "instruction is empty")
-    extra = row.get("input")
-    if not isinstance(extra, str | None):
-        raise RowError(NOT_TEXT, f"input is {type(extra).__name__}, not a string")
-    parts = [f"### Instruction:\n{row['instruction']}"]
-    if extra and extra.strip():
-        parts.append(f"### Input:\n{extra}")
-    return {"prompt": "\n\n".join([*parts, "### Response:\n"]), "completion": row["output"]}
-
-
-def _without_prefix(messages: list[Any], prefix: list[Any]) -> list[Any]:
-    return messages[len(prefix) :] if messages[: len(prefix)] == prefix else messages
-
-
-def common_prefix(first: Sequence[Any], second: Sequence[Any]) -> int:
-    """Number of leading elements that two strings or lists share."""
-    shortest = min(len(first), len(second))
-    if first[:shortest] == second[:shortest]:
-        return shortest
-    return next(i for i in range(shortest) if first[i] != second[i])
-
-
-def _prompt_end(chosen: Any, rejected: Any) -> int:
-    """Where the prompt ends that two full dialogues share (0: they share none)."""
-    shared = common_prefix(chosen, rejected)
-    if isinstance(chosen, list):
-        # If one dialogue holds the whole other, its last message is still its response.
-        return max(0, min(shared, len(chosen) - 1, len(rejected) - 1))
-    marker = chosen.rfind(_HH_MARKER, 0, shared)
-    if marker >= 0:
-        return marker + len(_HH_MARKER)
-    spaces = [match.start() for match in re.finditer(r"\s+", chosen[:shared])]
-    return spaces[-1] if spaces else 0
-
-
-# ------------------------------------------------------------------------------ what encoding needs
-
-
-def check_columns(rows: Rows, kind: RowKind, name: str) -> None:
-    """Raise DataError if the data set called `name` is empty or of no accepted format."""
-    if len(rows) == 0:
-        raise DataError(f"{name}: the data set has no rows")
-    columns = rows.column_names if isinstance(rows, datasets.Dataset) else list(rows[0])
-    _match_format(columns, kind, f"{name}: ")
-
-
-def in_batches(rows: Rows) -> Iterator[list[Row]]:
-    """All rows in order, in lists of bounded length."""
-    for start in range(0, len(rows), _BATCH_SIZE):
-        part = rows[start : start + _BATCH_SIZE]
-        if isinstance(part, dict):  # a datasets.Dataset answers a slice with columns
-            part = [
-                dict(zip(part, values, strict=True)) for values in zip(*part.values(), strict=True)
-            ]
-        yield list(part)
-
-
-def prompt_and_responses(row: Row, kind: RowKind) -> tuple[Any, list[Any]]:
-    """The fields of one row, none of them blank: all strings, or all lists of messages."""
-    fields = kind.fields(row)
-    prompt, responses = fields["prompt"], [fields[key] for key in kind.responses]
-    if _is_blank(prompt):
-        raise RowError(EMPTY_PROMPT, "no text")
-    if any(map(_is_blank, responses)):
-        raise RowError(EMPTY_RESPONSE, "no text")
-    return prompt, responses
-
-
-def _is_blank(value: str | list[dict[str, Any]]) -> bool:
-    texts = [value] if isinstance(value, str) else [message["content"] for message in value]
-    return not any(text.strip() for text in texts)
+def _leaves(value: Any) -> list[str]:
+    """The texts in a value, at any depth, but not the names of roles."""
+    if isinstance(value, Mapping):
+        parts = [each for key, each in value.items() if key not in ("role", "from")]
+    else:
+        parts = value if isinstance(value, list) else []
+    if isinstance(value, str):
+        return [value.strip()] if value.strip() else []
+    return [leaf for part in parts for leaf in _leaves(part)]

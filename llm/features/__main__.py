@@ -89,7 +89,7 @@ def extract(
             say=print,
         )
     about = {
-        "model": _public(config.model.model_name_or_path),
+        "model": _public([config.model.model_name_or_path]),
         "sft_dataset": _public(config.data.sft_dataset),
         "dpo_dataset": _public(config.data.dpo_dataset),
         "seed": config.training.seed,
@@ -99,11 +99,11 @@ def extract(
     return extractions, about
 
 
-def _public(source: str | None) -> str:
+def _public(sources: Sequence[str | None] | None) -> str:
     """A name to record: a hub id as it is, of a local path the last part alone."""
-    if source is None:
-        return "embedded"
-    return Path(source).name if Path(source).exists() else source
+    names = [each for each in sources or () if each is not None]
+    shown = (Path(each).name if Path(each).exists() else each for each in names)
+    return " ".join(shown) or "embedded"
 
 
 def run_config(arguments: argparse.Namespace, rest: Sequence[str], scratch: str) -> RunConfig:

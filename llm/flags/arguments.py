@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainingArguments
 
+from llm.data.chat import NAMES
+from llm.data.formats import MEANINGS, parse_columns
 from llm.loss.packing import CPU_TOKENS
 from llm.train.clipping import CLIPPING
 from llm.train.values import DEFAULT_ROWS, SOURCES
@@ -64,10 +66,16 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    """Which rows to train and evaluate on: local JSONL, JSON, Parquet or CSV files, or hub ids."""
+    """Which rows to train and evaluate on: local files (JSON Lines, JSON, Parquet, CSV), folders of
+    them, or hub ids."""
 
-    sft_dataset: str | None = field(default=None, metadata={"help": "Demonstrations."})
-    dpo_dataset: str | None = field(default=None, metadata={"help": "Preferences."})
+    sft_dataset: list[str] | None = field(
+        default=None,
+        metadata={"help": "Demonstrations; several with their shares: a.jsonl:0.7 b.parquet:0.3."},
+    )
+    dpo_dataset: list[str] | None = field(
+        default=None, metadata={"help": "Preferences; several as for sft_dataset."}
+    )
     sft_eval_dataset: str | None = field(default=None, metadata={"help": "Held-out rows."})
     dpo_eval_dataset: str | None = field(default=None, metadata={"help": "Held-out pairs."})
     sft_dataset_config: str | None = field(
@@ -92,6 +100,37 @@ class DataArguments:
     held_out: float = field(
         default=0.05,
         metadata={"help": "Share of the rows to hold out where no evaluation set is named."},
+    )
+    sft_columns: str | None = field(
+        default=None,
+        metadata={
+            "help": "What columns mean where their names do not say it: "
+            f"prompt=question,completion=answer; NAME= reads none. ({', '.join(MEANINGS)})"
+        },
+    )
+    dpo_columns: str | None = field(default=None, metadata={"help": "The same, DPO."})
+    chat_template: str | None = field(
+        default=None,
+        metadata={
+            "help": f"Chat template in place of the tokenizer's: {', '.join(NAMES)}, or a file."
+        },
+    )
+    template_date: str | None = field(
+        default=None,
+        metadata={"help": "Today in a chat template, YYYY-MM-DD; a resumed run keeps its own."},
+    )
+    train_on: str = field(
+        default="all",
+        metadata={
+            "help": "Answers of a conversation that SFT trains on: all or last.",
+            "choices": ["all", "last"],
+        },
+    )
+    preprocessing_num_workers: int | None = field(
+        default=None,
+        metadata={
+            "help": "Processes that tokenise. Default: one a core where there are many rows."
+        },
     )
     max_train_rows: int | None = field(
         default=None, metadata={"help": "Read at most this many rows of each training set."}
@@ -129,6 +168,15 @@ class DataArguments:
             "help": "Embedded corpus: how far preferences contradict demonstrations, 0 to 1."
         },
     )
+
+    def __post_init__(self) -> None:
+        for name in ("sft_dataset", "dpo_dataset"):
+            value = getattr(self, name)
+            setattr(self, name, [value] if isinstance(value, str) else value)
+
+    def columns(self, task: Task) -> dict[str, str]:
+        """What `--sft_columns` or `--dpo_columns` says: meaning to column."""
+        return parse_columns(getattr(self, f"{task.label}_columns"), f"--{task.label}_columns")
 
 
 @dataclass

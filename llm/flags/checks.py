@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-from llm.data.formats import is_missing_file
+from llm.data.sources import is_missing_file, parse_source
 from llm.flags.arguments import RunConfig
 from theory.cli import UserError
 from theory.tasks import Task
@@ -14,10 +16,11 @@ from theory.tasks import Task
 LORA_FLAGS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
 OWN_FLAGS = (
     *("model_revision", "dtype", "attn_implementation", "trust_remote_code"),
-    *("use_peft", "load_in_4bit", "held_out", "streaming"),
+    *("use_peft", "load_in_4bit", "held_out", "streaming", "chat_template", "template_date"),
+    *("train_on", "preprocessing_num_workers"),
 )
 """Flags that say how to load a model and data of one's own."""
-OWN_PARTS = ("dataset", "eval_dataset", "dataset_config", "train_split", "eval_split")
+OWN_PARTS = ("dataset", "eval_dataset", "dataset_config", "train_split", "eval_split", "columns")
 """The same, with the prefix of an objective."""
 REFERENCE_FLAGS = ("reference", "reference_revision", "reference_cache", "precompute_ref_log_probs")
 PREFERENCE_FLAGS = (*REFERENCE_FLAGS, "beta", "loss_type", "label_smoothing", "kl_rows")
@@ -108,6 +111,9 @@ def _check_numbers(config: RunConfig) -> None:
     data = config.data
     if not 0.0 < data.held_out < 1.0:
         raise UserError(f"--held_out is {data.held_out}; it must lie in (0, 1)")
+    if data.preprocessing_num_workers is not None and data.preprocessing_num_workers < 1:
+        raise UserError("--preprocessing_num_workers must be at least 1")
+    _check_date(data.template_date)
     for name in SHARES:
         if not 0.0 <= getattr(data, name) <= 1.0:
             raise UserError(f"--{name} is {getattr(data, name)}; it must lie in [0, 1]")
@@ -118,15 +124,24 @@ def _check_numbers(config: RunConfig) -> None:
             raise UserError(f"--{name} is {limit}; it must be at least 1")
 
 
+def _check_date(text: str | None) -> None:
+    try:
+        date.fromisoformat(text or "2000-01-01")
+    except ValueError as error:
+        raise UserError(f"--template_date is {text}; write it as 2026-01-31") from error
+
+
 def _check_sources(config: RunConfig, task: Task) -> None:
     """The rows of one objective: files exist, held-out rows are others, a stream has an end."""
-    for part in ("dataset", "eval_dataset"):
-        source = _value(config, task, part)
+    train: list[str] = _value(config, task, "dataset")
+    held_out: str | None = _value(config, task, "eval_dataset")
+    names = [parse_source(source).name for source in train]
+    for part, source in [*(("dataset", name) for name in names), ("eval_dataset", held_out)]:
         if source is not None and is_missing_file(source):
             raise UserError(f"--{task.label}_{part} {source} does not exist")
-    train, held_out = (_value(config, task, part) for part in ("dataset", "eval_dataset"))
+    config.data.columns(task)
     split = _value(config, task, "eval_split")
-    if held_out in (train, None) and (split or held_out):
+    if held_out in (*names, None) and (split or held_out):
         flag = "eval_split" if split else "eval_dataset"
         if (split or "train") == _value(config, task, "train_split"):
             raise UserError(f"--{task.label}_{flag} holds the rows that are trained on")
@@ -149,7 +164,7 @@ def _check_unused(task: Task, explicit: set[str]) -> None:
         raise UserError(f"{_flags(sorted(own))} is not used without --{task.label}_dataset")
 
 
-def _value(config: RunConfig, task: Task, part: str) -> str | None:
+def _value(config: RunConfig, task: Task, part: str) -> Any:
     return getattr(config.data, f"{task.label}_{part}")
 
 

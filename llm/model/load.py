@@ -5,7 +5,7 @@ Every failure is one line.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -98,6 +98,18 @@ def with_adapters(model: Any, arguments: ModelArguments) -> Any:
         return get_peft_model(model, config)
     except ValueError as error:
         raise UserError(f"--lora_target_modules: {str(error).splitlines()[0]}") from error
+
+
+def stop_at(model: Any, ends: Iterable[int]) -> Any:
+    """The model, whose generation ends at these tokens as well: at the ends of the answers that it
+    is trained on. What it saves says so."""
+    config = getattr(model, "generation_config", None)
+    if config is not None:
+        own = config.eos_token_id
+        known = own if isinstance(own, list) else [own] * (own is not None)
+        added = sorted(set(ends) - set(known))
+        config.eos_token_id = [*known, *added] if added else own
+    return model
 
 
 def _load_model(

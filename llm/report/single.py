@@ -76,7 +76,8 @@ def _what(record: RunRecord) -> str:
     own = record.config["model"]["model_name_or_path"]
     data = record.config["data"]
     sources = {
-        task: data[f"{task}_dataset"] if own else "the generated corpus" for task in record.tasks
+        task: _named(data[f"{task}_dataset"]) if own else "the generated corpus"
+        for task in record.tasks
     }
     parts = [f"{DATA_NAMES[task]} ({source})" for task, source in sources.items() if source]
     how = record.label if record.summary is None else record.schedule
@@ -166,5 +167,10 @@ def _source(record: RunRecord, name: str) -> str:
     if part == "held-out":
         own_split = data.get(f"{task}_eval_split")
         source = data.get(f"{task}_eval_dataset") or source
-        source = f"{source} [{own_split}]" if source and own_split else source
-    return source or "generated"
+        source = f"{_named(source)} [{own_split}]" if source and own_split else source
+    return _named(source) or "generated"
+
+
+def _named(source: str | list[str] | None) -> str:
+    """Several sources in one line."""
+    return " ".join(source) if isinstance(source, list) else source or ""

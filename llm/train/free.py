@@ -28,7 +28,7 @@ NOT_PART_OF_A_RUN: Reasons = {
 _TASKS = ("sft", "dpo")
 _ROWS = (
     *("dataset", "eval_dataset", "dataset_config", "train_split", "eval_split"),
-    *("max_train_rows", "max_length"),
+    *("max_train_rows", "max_length", "columns"),
 )
 FREE: Reasons = {
     **NOT_PART_OF_A_RUN,
@@ -65,8 +65,9 @@ FREE: Reasons = {
         "the rows that it leads to count, token by token",
         *(f"{task}_{name}" for task in _TASKS for name in _ROWS),
         *("streaming", "held_out", "max_train_rows", "max_eval_rows", "max_length"),
-        *("truncation_mode", "conflict"),
+        *("truncation_mode", "conflict", "chat_template", "template_date", "train_on"),
     ),
+    **_free("how fast rows are read", "preprocessing_num_workers"),
     **_free(
         "it refuses data and changes none",
         *("max_dropped_share", "max_truncated_share", "max_leaked_share"),
