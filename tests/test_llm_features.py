@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llm.data.encode import encode_preference, encode_sft
-from llm.data.formats import load_rows
+from llm.data.sources import load_rows
 from llm.features.__main__ import main
 from llm.features.build import BuildOptions, build
 from llm.features.candidates import LABELS, Extraction, Extractor
