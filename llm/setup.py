@@ -10,6 +10,7 @@ import copy
 import gc
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -24,19 +25,22 @@ from llm.data.encode import Encoded, encode_preference, encode_sft
 from llm.data.sources import load_sources
 from llm.data.templates import fixed_date
 from llm.flags.arguments import RunConfig
-from llm.layout import takes_packed_batches
 from llm.loss.kl import ReferenceSamples
-from llm.loss.objectives import DPOObjective, LanguageObjective, SFTObjective
+from llm.loss.objectives import DPOObjective, LanguageObjective, Row, SFTObjective
+from llm.model.isolation import layout_problem
 from llm.model.load import load_policy, load_tokenizer, stop_at, with_adapters
 from llm.model.reference import (
     add_reference_logps,
     check_reference,
     check_start,
+    mixed_precision,
+    reference_model,
     starts_at_reference,
     weights_digest,
 )
 from llm.model.samples import samples_of_run
 from llm.train.free import RESUME, counting
+from llm.train.noise import Dropout
 from llm.train.streams import open_streams, steps_per_epoch
 from llm.train.trainer import JointTrainer
 from llm.train.values import split_values
@@ -81,20 +85,31 @@ def prepare(config: RunConfig, say: Callable[[str], None] = print) -> Setup:
     train, held_out = encode_data(config, tokenizer, raw, policy.config, say)
     check_data(config, (train, held_out))
     training, pad = config.training, tokenizer.pad_token_id
-    packing = takes_packed_batches(config, policy, train, pad, say)
-    loss = (training.beta, training.loss_type, training.label_smoothing)
-    objectives: dict[Task, LanguageObjective] = {
-        Task.DPO: DPOObjective(*loss, packing=packing),
-        Task.SFT: SFTObjective(packing=packing),
-    }
-    samples = None
-    if Task.DPO in raw:
-        pairs = [part[Task.DPO] for part in (train, held_out)]
-        pairs = add_reference_logps(config, policy, pad, pairs, say, packing=packing)
-        train[Task.DPO], held_out[Task.DPO] = pairs
-        if starts_at_reference(config, policy):
-            check_start(config, policy, objectives[Task.DPO], pairs[0].rows, pad)
-        samples = samples_of_run(config, policy, tokenizer, pairs[1].rows, say, packing=packing)
+    rows = [row for part in (train, held_out) for each in part.values() for row in each.rows]
+    packing, samples = _packs(config, policy, "model_name_or_path", rows, pad, say), None
+    with reference_model(config, policy) if Task.DPO in raw else nullcontext() as reference:
+        if reference is not None and not starts_at_reference(config, policy):
+            packing &= _packs(config, reference, "reference", rows, pad, say)
+        if not packing and training.max_tokens_per_batch is not None:
+            raise UserError("--max_tokens_per_batch needs packing, and this model has none")
+        loss = (training.beta, training.loss_type, training.label_smoothing)
+        objectives: dict[Task, LanguageObjective] = {
+            Task.DPO: DPOObjective(*loss, packing=packing),
+            Task.SFT: SFTObjective(packing=packing),
+        }
+        if reference is not None:
+            fresh = config.model.lora_dropout if config.model.use_peft else 0.0
+            off = training.disable_dropout and Task.DPO in config.tasks
+            if off and (fresh or Dropout(policy).rates):
+                say("dropout is off where DPO is computed (--disable_dropout false leaves it on)")
+            pairs = [part[Task.DPO] for part in (train, held_out)]
+            pairs = add_reference_logps(config, reference, pad, pairs, say, packing=packing)
+            train[Task.DPO], held_out[Task.DPO] = pairs
+            if starts_at_reference(config, policy):
+                check_start(config, policy, objectives[Task.DPO], pairs[0].rows, pad)
+            samples = samples_of_run(
+                config, reference, tokenizer, pairs[1].rows, say, packing=packing
+            )
     return Setup(
         tokenizer,
         lambda: with_adapters(policies(), config.model),
@@ -104,6 +119,29 @@ def prepare(config: RunConfig, say: Callable[[str], None] = print) -> Setup:
         identity,
         samples,
     )
+
+
+def _packs(
+    config: RunConfig,
+    model: Any,
+    flag: str,
+    rows: Sequence[Row],
+    pad_token_id: int,
+    say: Callable[[str], None],
+) -> bool:
+    """Whether to pack: `--packing`, unless the model gives other values then (which is said).
+
+    Raises:
+        UserError: padded, it gives other values as well (`llm.model.isolation`).
+    """
+    own, asked = getattr(config.model, flag), config.training.packing
+    name = "the embedded model" if own is None else f"--{flag} {own}"
+    model.to(device=config.training.device)
+    with mixed_precision(config.training):
+        problem = layout_problem(model, name, rows, pad_token_id, packing=asked)
+    if problem is not None:
+        say(f"batches are padded, not packed: {name}: {problem}")
+    return asked and problem is None
 
 
 class _Policies:

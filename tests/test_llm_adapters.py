@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from _tiny import TOKENIZER
+from _tiny import TOKENIZER, make_policy
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, set_seed
@@ -18,7 +19,9 @@ from llm.flags.arguments import ModelArguments
 from llm.flags.parse import TINY_RECIPE, parse
 from llm.model.load import load_policy
 from llm.run import main
+from llm.setup import prepare
 from theory.cli import UserError
+from theory.tasks import Task
 
 pytestmark = [
     pytest.mark.usefixtures("temporary_datasets_cache"),
@@ -72,6 +75,82 @@ def test_an_adapter_goes_on_being_trained(own: Callable[..., list[str]], tmp_pat
     adapted = logits(AutoPeftModelForCausalLM.from_pretrained(second))
     plain = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
     torch.testing.assert_close(plain, adapted, rtol=1e-5, atol=1e-5)
+
+
+def adapter_on(model: Any, where: Path, **options: Any) -> Any:
+    """A saved adapter that does something, on a saved model; the adapted model."""
+    model.save_pretrained(where / "base")
+    TOKENIZER.save_pretrained(where / "base")
+    base = AutoModelForCausalLM.from_pretrained(where / "base")
+    adapted = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=2, **options))
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    adapted.save_pretrained(where / "adapter")
+    TOKENIZER.save_pretrained(where / "adapter")
+    return adapted
+
+
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings=True:UserWarning:peft")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning:peft")
+@pytest.mark.parametrize(
+    ("targets", "tied"),
+    [
+        (["query_key_value", "lm_head"], False),
+        (["embed_in"], False),
+        (["query_key_value"], True),
+    ],
+)
+def test_tied_embeddings_part_where_an_adapter_changes_one_of_them(
+    targets: list[str], tied: bool, tmp_path: Path
+) -> None:
+    """Merged into the one tensor, what was trained for the output would act on the input too."""
+    model = make_policy(tie_word_embeddings=True)
+    adapted = adapter_on(model, tmp_path, target_modules=targets)
+    expected = logits(adapted)
+    export.main([str(tmp_path / "adapter"), "--out", str(tmp_path / "merged")])
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-5, atol=1e-5)
+    assert merged.config.tie_word_embeddings is tied
+    ends = merged.get_input_embeddings().weight, merged.get_output_embeddings().weight
+    assert (ends[0] is ends[1]) is tied
+    assert (logits(model) - expected).abs().max() > 1e-2, "the adapter did nothing"
+
+
+def test_a_merge_that_is_another_function_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter_on(make_policy(), tmp_path, target_modules=["query_key_value"])
+    monkeypatch.setattr(export, "merged", lambda adapted: adapted.unload())
+    with pytest.raises(UserError, match=r"differs from the adapted one by \S+ nats a token"):
+        export.main([str(tmp_path / "adapter"), "--out", str(tmp_path / "merged")])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+@pytest.mark.filterwarnings("ignore:Careful, disabling adapter layers with bias:UserWarning:peft")
+def test_the_base_is_the_reference_without_the_biases_of_the_adapter(
+    own: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    """peft leaves trained biases on when it takes the adapter off."""
+    adapted = adapter_on(make_policy(), tmp_path, target_modules=["query_key_value"], bias="all")
+    flags = ("--model_name_or_path", str(tmp_path / "adapter"), "--reference", "base")
+    setup = prepare(parse(own("--algo", "dpo", "--kl_rows", "0", *flags)), lambda _: None)
+    row = setup.train[Task.DPO].rows[0]
+    ids = torch.tensor([row["prompt_ids"] + row["chosen_ids"]])
+    with adapted.disable_adapter(), torch.no_grad():
+        shifted = adapted.eval()(input_ids=ids).logits
+    with torch.no_grad():
+        exact = AutoModelForCausalLM.from_pretrained(tmp_path / "base")(input_ids=ids).logits
+    sums = [
+        logits[0, :-1]
+        .log_softmax(-1)
+        .gather(1, ids[0, 1:, None])[len(row["prompt_ids"]) - 1 :]
+        .sum()
+        for logits in (exact, shifted)
+    ]
+    assert row["ref_chosen_logps"] == pytest.approx(float(sums[0]), abs=1e-4)
+    assert abs(float(sums[1] - sums[0])) > 0.1
 
 
 def test_an_adapter_without_a_tokenizer_has_that_of_its_base(

@@ -22,9 +22,9 @@ from transformers import TrainerCallback
 from llm.loss import attention
 from llm.loss.attention import varlen_attention
 from llm.loss.collate import collate_preference
-from llm.loss.forward import packing_problem
 from llm.loss.objectives import move
 from llm.loss.packing import pack_preference, to_device
+from llm.model.isolation import layout_problem
 from llm.train.trainer import JointTrainer
 from llm.train.values import copied_early
 from theory.schedulers import Alright, Maxright, Mix, Scheduler
@@ -112,11 +112,9 @@ def test_packed_equals_padded_on_the_cpu(shape: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", ["gpt_neox", "llama", "opt", "qwen3", "sliding window"])
 def test_a_model_that_packs_is_recognised(shape: str, dtype: torch.dtype) -> None:
-    model, rows = make_model(shape).to(DEVICE, dtype).eval(), make_rows()
-    packed, padded = (
-        move(batch, DEVICE) for batch in (pack_preference(rows), collate_preference(rows, 0))
-    )
-    assert packing_problem(model, packed, padded) is None
+    model = make_model(shape).to(DEVICE, dtype)
+    rows = [{key: ids for key, ids in row.items() if key[:4] != "comp"} for row in make_rows()]
+    assert layout_problem(model, "it", rows, 0, packing=True) is None
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

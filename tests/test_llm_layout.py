@@ -1,4 +1,4 @@
-"""llm.layout and its flags: packed batches where the model takes them, padded ones elsewhere."""
+"""Layouts in a run, and their flags: packed where the model takes it, padded elsewhere."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from _tiny import (
     weights_of,
 )
 
-import llm.layout
 import llm.loss.objectives
+import llm.setup
 from llm.flags.parse import parse
 from llm.loss.objectives import DPOObjective, SFTObjective
 from llm.loss.packing import CPU_TOKENS, row_tokens, split_rows, tokens_per_forward
@@ -57,13 +57,12 @@ def test_packed_and_padded_runs_are_the_same_run(tmp_path: Path) -> None:
 def test_a_run_says_that_it_pads_where_the_model_cannot_pack(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        llm.layout, "packing_problem", lambda *_: "its attention is of another kind"
-    )
+    why = "its attention is of another kind"
+    monkeypatch.setattr(llm.setup, "layout_problem", lambda *_, **__: why)
     said: list[str] = []
     setup = prepare(parse(short_run(tmp_path)), said.append)
     assert not any(objective.packing for objective in setup.objectives.values())
-    assert "batches are padded, not packed: its attention is of another kind" in said
+    assert f"batches are padded, not packed: the embedded model: {why}" in said
     with pytest.raises(UserError, match="max_tokens_per_batch needs packing"):
         prepare(
             parse([*_without_rows(short_run(tmp_path)), "--max_tokens_per_batch", "99"]),

@@ -25,7 +25,6 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import (
-    AttentionInterface,
     AutoModelForCausalLM,
     Gemma2Config,
 )
@@ -33,7 +32,7 @@ from transformers import (
 from llm.loss import attention, forward
 from llm.loss.attention import PACKED, packed_attention, varlen_attention
 from llm.loss.collate import collate_preference, collate_sft
-from llm.loss.forward import packing_problem, response_logps
+from llm.loss.forward import response_logps
 from llm.loss.objectives import DPOObjective, SFTObjective
 from llm.loss.packing import PackingPlan, pack_preference, pack_sft
 
@@ -265,34 +264,6 @@ def test_attention_that_is_not_computed_is_refused() -> None:
     model: Any = AutoModelForCausalLM.from_config(Gemma2Config(**GROUPED, head_dim=8))
     with pytest.raises(NotImplementedError, match="softcap"):
         response_logps(model, pack_sft(make_rows()))
-
-
-def problem_of(model: Any) -> str | None:
-    rows = make_rows()
-    return packing_problem(model, pack_preference(rows), collate_preference(rows, 0))
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", ["gpt_neox", "opt", "logits scaled after the head"])
-def test_a_model_that_packs_is_recognised(shape: str, dtype: torch.dtype) -> None:
-    assert problem_of(make_model(shape).to(dtype)) is None
-
-
-def test_a_model_that_ignores_the_plan_is_recognised(monkeypatch: pytest.MonkeyPatch) -> None:
-    gemma: Any = AutoModelForCausalLM.from_config(Gemma2Config(**GROUPED, head_dim=8))
-    assert "softcap" in (problem_of(gemma) or "")
-    assert gemma.config._attn_implementation != PACKED
-
-    def without_plan(module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any):
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-        return out.transpose(1, 2), None
-
-    monkeypatch.setitem(AttentionInterface._global_mapping, PACKED, without_plan)
-    # An untrained model hardly attends: larger weights make what it sees matter.
-    model = make_model()
-    for parameter in model.parameters():
-        parameter.data *= 5.0
-    assert "differ from padded ones" in (problem_of(model) or "")
 
 
 # --- variable-length attention: its layout, with a slow kernel in its place

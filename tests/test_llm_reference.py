@@ -212,8 +212,10 @@ def test_a_reference_without_finite_values_is_refused(own: Own, tmp_path: Path) 
     broken = make_policy()
     broken.get_output_embeddings().weight.data.fill_(torch.nan)
     broken.save_pretrained(tmp_path / "model")
-    with pytest.raises(UserError, match=r"dpo train row 0: the reference's log-prob.* nan"):
+    with pytest.raises(UserError, match="its log-probabilities are not finite; are its weights"):
         prepare(parse(command), lambda _: None)
+    with pytest.raises(UserError, match=r"dpo train row 1: the reference's log-prob.* nan"):
+        llm.model.reference._check_finite([[-1.0, -2.0], [-1.0, float("nan")]], "dpo train")
     assert not (tmp_path / "out" / "reference").exists()
 
 

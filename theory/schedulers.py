@@ -124,6 +124,8 @@ class Scheduler:
     """Whether `select` calls `probe()`."""
     reads_gram: ClassVar[bool] = False
     """Whether `select` calls `probe.gram()`: both gradients are then computed at every step."""
+    has_stages: ClassVar[bool] = False
+    """Whether `stage_start` is not always 0."""
     steady: ClassVar[bool] = False
     """Whether all steps of a stage have the same weights."""
 
@@ -225,7 +227,8 @@ class Sequential(Scheduler):
         "share of the steps in the first stage", flag="split", flag_default=0.5
     )
     order: str = option(f"{' or '.join(ORDERS)}", default="sft_then_dpo")
-    name, label, knob, steady = "sequential", "sequential", "split", True
+    name, label, knob = "sequential", "sequential", "split"
+    has_stages, steady = True, True
 
     @classmethod
     def lines(cls) -> dict[str, dict[str, Any]]:

@@ -226,6 +226,10 @@ class JointArguments(TrainingArguments):
     label_smoothing: float = field(
         default=0.0, metadata={"help": "Assumed share of flipped preferences (sigmoid, robust)."}
     )
+    disable_dropout: bool = field(
+        default=True,
+        metadata={"help": "No dropout where the preference objective is computed, as in TRL."},
+    )
     clipping: str = field(
         default="global",
         metadata={

@@ -23,7 +23,10 @@ OWN_FLAGS = (
 OWN_PARTS = ("dataset", "eval_dataset", "dataset_config", "train_split", "eval_split", "columns")
 """The same, with the prefix of an objective."""
 REFERENCE_FLAGS = ("reference", "reference_revision", "reference_cache", "precompute_ref_log_probs")
-PREFERENCE_FLAGS = (*REFERENCE_FLAGS, "beta", "loss_type", "label_smoothing", "kl_rows")
+PREFERENCE_FLAGS = (
+    *(*REFERENCE_FLAGS, "beta", "loss_type", "label_smoothing"),
+    *("kl_rows", "disable_dropout"),
+)
 SHARES = ("max_dropped_share", "max_truncated_share", "max_leaked_share")
 
 

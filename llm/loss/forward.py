@@ -22,8 +22,6 @@ from llm.loss.losses import IGNORE_INDEX, label_logps
 
 LOGITS_BYTES = 2**28
 """Float32 logits held at once. More than this is computed in chunks and again in the backward."""
-AGREEMENT = {torch.float64: 1e-6, torch.float32: 1e-3}
-"""Nats per token by which packed and padded values may differ; other types: bfloat16's 0.05."""
 SCALED_AFTER_THE_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 """Settings of models that change the logits after the head: these get their logits whole."""
 
@@ -98,33 +96,6 @@ def _head_is_last(model: torch.nn.Module, inner: Any) -> bool:
     config = inner.config.get_text_config()
     rescaled = any(getattr(config, name, None) is not None for name in SCALED_AFTER_THE_HEAD)
     return not rescaled and not hasattr(model, "_orig_mod") and inner.get_output_embeddings()
-
-
-@torch.no_grad()
-def packing_problem(
-    model: torch.nn.Module, packed: Mapping[str, Any], padded: Mapping[str, Any]
-) -> str | None:
-    """Why this model cannot take packed batches, or None if it can.
-
-    Compares the log-probabilities of the same rows in both layouts, so that a model that ignores
-    the plan, or whose attention is of another kind, is found out before it trains on nonsense. The
-    model has to be in evaluation mode.
-    """
-    try:
-        actual = response_logps(model, packed)
-    except (NotImplementedError, TypeError, ValueError, RuntimeError) as error:
-        return str(error).splitlines()[0]
-    expected = response_logps(model, padded)
-    if actual.values.shape != expected.values.shape:
-        return "the model returns other positions than were asked for"
-    difference = float(((actual.sums() - expected.sums()).abs() / expected.lengths()).mean())
-    dtype = next(model.parameters()).dtype
-    if torch.is_autocast_enabled(packed["input_ids"].device.type):
-        dtype = torch.bfloat16
-    tolerance = AGREEMENT.get(dtype, 0.05)
-    if not difference <= tolerance:
-        return f"packed log-probabilities differ from padded ones by {difference:.1e} nats a token"
-    return None
 
 
 @contextmanager

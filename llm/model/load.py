@@ -60,7 +60,14 @@ def load_policy(arguments: ModelArguments) -> Any:
 
     An adapter comes with its base under it and goes on being trained.
     """
-    return _load_model(arguments, arguments.model_name_or_path, arguments.model_revision, True)
+    name = arguments.model_name_or_path
+    model = _load_model(arguments, name, arguments.model_revision, True)
+    if getattr(model.config.get_text_config(), "output_router_logits", False):
+        raise UserError(
+            f"{name} asks for an auxiliary loss of its router, which is no part of f_SFT or f_DPO: "
+            "set output_router_logits to false in its config.json"
+        )
+    return model
 
 
 def load_reference(arguments: ModelArguments) -> Any:
@@ -86,12 +93,13 @@ def with_adapters(model: Any, arguments: ModelArguments) -> Any:
     """
     if not arguments.use_peft or isinstance(model, PeftModel):
         return model
+    targets: Any = arguments.lora_target_modules
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=arguments.lora_r,
         lora_alpha=arguments.lora_alpha,
         lora_dropout=arguments.lora_dropout,
-        target_modules=arguments.lora_target_modules,
+        target_modules="all-linear" if targets == ["all-linear"] else targets,
         revision=arguments.model_revision,
     )
     try:
@@ -185,7 +193,7 @@ def _load(
         return kind.from_pretrained(
             name, revision=revision, trust_remote_code=arguments.trust_remote_code, **options
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, ImportError, RuntimeError) as error:
         raise UserError(
             f"cannot load {name} as a causal language model: {_first_line(error)}"
         ) from error

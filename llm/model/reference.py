@@ -29,7 +29,7 @@ from llm.data.encode import Encoded, fingerprint
 from llm.flags.arguments import RunConfig
 from llm.loss.evaluate import evaluate_objective, with_reference_logps
 from llm.loss.objectives import LanguageObjective, Row
-from llm.model.load import load_reference
+from llm.model.load import load_adapted, load_reference
 from llm.train.free import REFERENCE, counting, flat
 from llm.train.identity import configurations
 from theory.cli import UserError
@@ -68,18 +68,26 @@ def reference_model(config: RunConfig, policy: Any) -> Iterator[Any]:
     if config.model.reference == "initial":
         yield policy
     elif config.model.reference == "base":
-        if isinstance(policy, PeftModel):
+        if isinstance(policy, PeftModel) and _trains_biases(policy):
+            yield load_adapted(config.model)[0]
+        elif isinstance(policy, PeftModel):
             with policy.disable_adapter():
                 yield policy
         else:
             yield policy
     else:
         reference = load_reference(config.model)
-        if reference.config.vocab_size != policy.config.vocab_size:
+        sizes = {each.config.get_text_config().vocab_size for each in (reference, policy)}
+        if len(sizes) > 1:
             raise UserError(
                 f"--reference {config.model.reference} has another vocabulary than the policy"
             )
         yield reference
+
+
+def _trains_biases(policy: PeftModel) -> bool:
+    """Whether biases of the base itself were trained: these stay when the adapter is off."""
+    return any(getattr(c, "bias", "none") != "none" for c in policy.peft_config.values())
 
 
 def starts_at_reference(config: RunConfig, policy: Any) -> bool:
@@ -102,7 +110,7 @@ def mixed_precision(training: Any) -> torch.autocast:
 
 def add_reference_logps(
     config: RunConfig,
-    policy: Any,
+    reference: Any,
     pad_token_id: int,
     parts: Sequence[Encoded],
     say: Say,
@@ -111,30 +119,29 @@ def add_reference_logps(
 ) -> list[Encoded]:
     """The preference sets with the reference's log-probabilities in their rows."""
     folder = Path(config.training.reference_cache or Path(config.output_dir) / FOLDER)
-    with reference_model(config, policy) as reference:
-        common = {
-            "reference": weights_digest(reference, base_only=config.model.reference == "base"),
-            **numerics(config),
-            "packing": str(packing),
-        }
-        filled = []
-        for part in parts:
-            store = LogpStore(folder, part.name, common | {"rows": fingerprint(part)}, say)
-            logps = _from_first_rank(config, store.read)
-            if logps is None:
-                say(
-                    f"{part.name}: computing the reference's log-probabilities "
-                    f"({config.model.reference})"
-                )
-                logps = _compute(config, reference, part.rows, pad_token_id, packing)
-                _check_finite(logps, part.name)
-                if config.training.process_index == 0:
-                    store.write(logps)
-            rows = [
-                row | dict(zip(KEYS, pair, strict=True))
-                for row, pair in zip(part.rows, logps, strict=True)
-            ]
-            filled.append(replace(part, rows=rows))
+    common = {
+        "reference": weights_digest(reference, base_only=config.model.reference == "base"),
+        **numerics(config),
+        "packing": str(packing),
+    }
+    filled = []
+    for part in parts:
+        store = LogpStore(folder, part.name, common | {"rows": fingerprint(part)}, say)
+        logps = _from_first_rank(config, store.read)
+        if logps is None:
+            say(
+                f"{part.name}: computing the reference's log-probabilities "
+                f"({config.model.reference})"
+            )
+            logps = _compute(config, reference, part.rows, pad_token_id, packing)
+            _check_finite(logps, part.name)
+            if config.training.process_index == 0:
+                store.write(logps)
+        rows = [
+            row | dict(zip(KEYS, pair, strict=True))
+            for row, pair in zip(part.rows, logps, strict=True)
+        ]
+        filled.append(replace(part, rows=rows))
     return filled
 
 

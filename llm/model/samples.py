@@ -19,7 +19,7 @@ from llm.flags.arguments import RunConfig
 from llm.loss.evaluate import device_of, evaluating
 from llm.loss.kl import ReferenceSamples, score
 from llm.loss.objectives import Row
-from llm.model.reference import mixed_precision, numerics, reference_model
+from llm.model.reference import mixed_precision, numerics
 from theory.records import digest, read_json, write_json
 
 FILE = "kl_samples.json"
@@ -72,14 +72,14 @@ def sample_reference(
 
 def samples_of_run(
     config: RunConfig,
-    policy: Any,
+    reference: Any,
     tokenizer: Any,
     rows: Sequence[Row],
     say: Callable[[str], None],
     *,
     packing: bool = True,
 ) -> ReferenceSamples | None:
-    """Samples of the reference of `config` on the prompts of `rows`; None with `--kl_rows 0`.
+    """Samples of the `reference` of `config` on the prompts of `rows`; None with `--kl_rows 0`.
 
     An earlier start of the same run has left them in the output directory: the same rows with the
     same log-probabilities of the reference, the same options, precision, code and libraries.
@@ -99,7 +99,7 @@ def samples_of_run(
     samples = _read(path, key, packing)
     if samples is None:
         say(f"drawing {training.kl_rows} responses from the reference, for the KL to it")
-        with reference_model(config, policy) as reference, mixed_precision(training):
+        with mixed_precision(training):
             reference.to(device=training.device)
             samples = sample_reference(reference, rows, training.kl_rows, **options)
         if training.process_index == 0:

@@ -11,7 +11,8 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,25 @@ class SafeCheckpoints(Trainer):
         # Trainer saves below this folder; while it does, that is the staging folder.
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
 
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Inside, the weights are what a schedule-free optimiser (arXiv 2405.15682) has found.
+
+        It steps at other points than these averages. Other optimisers have nothing to switch.
+        """
+        switches = [getattr(self.optimizer, mode, None) for mode in ("eval", "train")]
+        before, after = (each if callable(each) else (lambda: None) for each in switches)
+        before()
+        try:
+            yield
+        finally:
+            after()
+
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        with self.averaged_weights():
+            self._save_whole(model, trial)
+
+    def _save_whole(self, model: torch.nn.Module, trial: Any) -> None:
         output_dir = Path(self._get_output_dir(trial))
         name = f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
@@ -110,7 +129,8 @@ class SafeCheckpoints(Trainer):
         self.accelerator.wait_for_everyone()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        super().save_model(output_dir, _internal_call)
+        with self.averaged_weights() if not _internal_call else nullcontext():
+            super().save_model(output_dir, _internal_call)
         if not _internal_call and self.is_fsdp_enabled:
             plugin = self.accelerator.state.fsdp_plugin
             if "FULL_STATE_DICT" not in str(plugin.state_dict_type):

@@ -48,7 +48,7 @@ class StepNorms:
         not enter.
         """
         xp: Any = torch
-        n: Any = norm.detach().to(self.values.device)  # gradients may have been offloaded
+        n: Any = norm.detach().to(self.values)  # gradients may be offloaded, or in half precision
         values: Any = self.values
         if values.device.type == "cpu":  # NumPy's scalars cost a fraction of one-element tensors
             xp, n, values = np, n.numpy(), values.numpy()

@@ -63,7 +63,11 @@ class ReportingTrainer(ScheduledSteps):
             "pad_token_id": self.pad_token_id,
         }
         # Before training the model does not yet run in mixed precision by itself.
-        with self.clock.phase("evaluation"), self.accelerator.autocast():
+        with (
+            self.clock.phase("evaluation"),
+            self.accelerator.autocast(),
+            self.averaged_weights(),
+        ):
             values = {
                 task: evaluate_objective(self.model, self.objectives[task], rows, **options)
                 for task, rows in (row_sets or {}).items()

@@ -51,12 +51,11 @@ class ScheduledSteps(SafeCheckpoints):
         clips = self.clipping == "global" and args.max_grad_norm > 0.0
         if clips and self.is_deepspeed_enabled and not self.scheduler.steady:
             raise UserError("DeepSpeed clips each step by itself: pass --clipping per_step")
+        if "schedule_free" in str(args.optim).lower() and self.scheduler.has_stages:
+            raise UserError("--optim schedule_free_* has no stages that start anew: train two runs")
         if self.scheduler.reads_gram and (self.is_deepspeed_enabled or args.fp16):
-            what = (
-                "DeepSpeed keeps the gradients to itself"
-                if self.is_deepspeed_enabled
-                else ("--fp16 scales the gradients")
-            )
+            deepspeed = "DeepSpeed keeps the gradients to itself"
+            what = deepspeed if self.is_deepspeed_enabled else "--fp16 scales the gradients"
             raise UserError(f"{what}: a schedule that compares the two gradients cannot see them")
 
     @property

@@ -37,6 +37,7 @@ from llm.loss.objectives import Batch, Row, Terms, move
 from llm.loss.packing import split_rows, to_device, tokens_per_forward
 from llm.train.callbacks import ProgressBar
 from llm.train.identity import STATE_KEY, Identity, check_resume, run_identity
+from llm.train.noise import Dropout, EmbeddingNoise
 from llm.train.reporting import Objectives, ReportingTrainer, RowSets
 from llm.train.streams import open_streams, steps_per_epoch
 from llm.train.values import copied_early, share_of_rank, summed_loss
@@ -97,6 +98,8 @@ class JointTrainer(ReportingTrainer):
             callbacks=[StepEvents(self), *(callbacks or [])],
         )
         self.model_accepts_loss_kwargs = True
+        self.embedding_noise = EmbeddingNoise(self.neftune_noise_alpha)
+        self.neftune_noise_alpha = None  # Trainer's own noise knows the length of a batch only
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(ProgressBar(description))
@@ -109,6 +112,7 @@ class JointTrainer(ReportingTrainer):
         self._observed: Callable[[], NDArray[np.float64]] | None = None
         self._forwarded: dict[Task, tuple[Batch, Terms]] = {}
         self._tokens_per_forward = tokens_per_forward(args)
+        self.dropout = Dropout(self.model)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' `train`; packed batches need their attention in every recomputation."""
@@ -116,8 +120,12 @@ class JointTrainer(ReportingTrainer):
         with (
             packed_attention(self.model) if packed else nullcontext(),
             attention_without_plans(),
+            self.embedding_noise.on(self.model),
         ):
-            return super().train(*args, **kwargs)
+            try:
+                return super().train(*args, **kwargs)
+            finally:
+                self.dropout.switch(True)
 
     # ------------------------------------------------------------------- the step: decide and draw
 
@@ -208,7 +216,7 @@ class JointTrainer(ReportingTrainer):
         batch = move(objective.collate(rows, self.pad_token_id), self.args.device)
         model.train()
         with self.compute_loss_context_manager():
-            terms = objective(model, batch)
+            terms = self._terms(task, model, batch)
         self._forwarded[task] = batch, terms
         items = torch.full_like(terms.total, objective.items(rows), requires_grad=False)
         return torch.stack([terms.total.detach(), items]).float()
@@ -236,7 +244,9 @@ class JointTrainer(ReportingTrainer):
                 continue
             terms = inputs.pop(f"{task.label} terms", None)
             if terms is None:
-                terms = self.objectives[task](model, inputs[task.label])
+                terms = self._terms(task, model, inputs[task.label])
+            else:
+                self._switch_dropout(task)  # as it was, for what the backward computes again
             share = terms.total / inputs["items"][task]
             self.step_losses[task] = self.step_losses.get(task, 0.0) + share.detach()
             self._meter(task, terms.sums)
@@ -249,6 +259,17 @@ class JointTrainer(ReportingTrainer):
         self.clock.switch("backward")
         assert loss is not None  # no schedule leaves a step without an objective
         return loss
+
+    def _terms(self, task: Task, model: torch.nn.Module, batch: Batch) -> Terms:
+        """The objective on a batch in training, with the noise that belongs to it."""
+        self._switch_dropout(task)
+        self.embedding_noise.batch = batch
+        return self.objectives[task](model, batch)
+
+    def _switch_dropout(self, task: Task) -> None:
+        """One state a step where the backward computes layers again: they find it as it is then."""
+        off = task == Task.DPO or (self.args.gradient_checkpointing and len(self.stepped) > 1)
+        self.dropout.switch(not (off and getattr(self.args, "disable_dropout", True)))
 
     def _close_step(self) -> None:
         """After the optimiser step: hand the losses to the scheduler, and meter them."""
