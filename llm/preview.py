@@ -27,7 +27,8 @@ from llm.data import embedded
 from llm.data.checks import check_max_length, with_leaks_noted
 from llm.data.encode import Encoded, check_rows, encode, what_became
 from llm.data.formats import PREFERENCE_ROWS, SFT_ROWS
-from llm.flags.parse import RunConfig, parse
+from llm.flags.arguments import RunConfig
+from llm.flags.parse import parse
 from llm.model.load import load_config
 from llm.setup import check_data, date_of_run, encoding_options, read_data
 from theory.cli import OneLineParser, positive_int, run_command

@@ -236,7 +236,7 @@ def test_the_model_card_states_what_was_trained(
 ) -> None:
     main(own("--algo", "alright", "--lam", "0.3"))
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "Alright(lam=0.3, seed=42)" in card
+    assert "ALRIGHT, lam 0.3, seed 42" in card
     assert f"base_model: {tmp_path / 'model'}" in card
     assert "| dpo train | " in card
     summary = json.loads((tmp_path / "out" / "joint_summary.json").read_text())
@@ -267,7 +267,7 @@ def test_exporting_what_is_no_adapter_is_refused(tmp_path: Path) -> None:
 def test_the_preview_marks_exactly_the_response(capsys: pytest.CaptureFixture[str]) -> None:
     preview.main(["--rows", "2", "--max_train_rows", "2"])
     blocks = capsys.readouterr().out.split("tokens\n")[1:]
-    assert len(blocks) == 6, "two rows: chosen and rejected each, and two completions"
+    assert len(blocks) == 12, "two rows of four sets: chosen, rejected and a completion each"
     for block in blocks:
         lines = block.split("\n\n")[0].splitlines()
         marks = ["trained" in line for line in lines if line[:6].strip().isdigit()]

@@ -21,7 +21,7 @@ LAYERS = (
     ("llm.data", "llm.loss"),
     ("llm.train",),
     ("llm.model", "llm.flags"),
-    ("llm.setup", "llm.single_runs"),
+    ("llm.setup", "llm.single_runs", "llm.processes"),
     (
         *("llm.run", "llm.optima", "llm.export", "llm.preview"),
         *("llm.compare", "llm.validate", "llm.features", "llm.benchmark", "llm.report"),
