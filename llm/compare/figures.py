@@ -237,7 +237,7 @@ def _middles(entries: Sequence[Entry]) -> list[Entry]:
     for entry in entries:
         if entry["seeds"]:
             chosen.setdefault((entry["budget"], entry["line"]), []).append(entry)
-    return [min(own, key=lambda e: abs(e["knob"] - 0.5)) for own in chosen.values()]
+    return [min(own, key=lambda e: abs((e["knob"] or 0.5) - 0.5)) for own in chosen.values()]
 
 
 def _lines(entries: Iterable[Entry]) -> list[str]:

@@ -90,6 +90,7 @@ def _settings(results: pd.DataFrame) -> Iterator[Summary]:
     for keys, rows in results.groupby(SETTING, sort=False, dropna=False):
         finished = rows[rows["failed"] == ""]
         entry: Summary = dict(zip(SETTING, keys, strict=True))
+        entry["knob"] = None if np.isnan(entry["knob"]) else entry["knob"]
         entry |= {"seeds": len(finished), "failed": len(rows) - len(finished)}
         for name in METRICS:
             values = finished[name].dropna() if name in finished else pd.Series(dtype=float)

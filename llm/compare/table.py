@@ -82,9 +82,9 @@ def _setting(entry: Summary) -> list[str]:
     ]
 
 
-def knob(line: str, value: float) -> str:
+def knob(line: str, value: float | None) -> str:
     """`split 0.5` of an order of sequential training, else `lam 0.5`; a dash without either."""
-    if math.isnan(value):
+    if value is None:
         return "-"
     return f"{'split' if line in ORDERS else 'lam'} {value:g}"
 
@@ -124,9 +124,9 @@ def report(summary: Summary) -> str:
     lines = [f"\noptima: f_DPO* {optima['dpo']:.4f}, f_SFT* {optima['sft']:.4f}; at 1/2:"]
     lines.append(f"{'':<14}{'budget':<9}{'rate':>9}{'steps':>7}{'gap DPO':>18}{'gap SFT':>18}"
                  f"{'ideal distance':>18}")  # fmt: skip
-    knobs = [entry["knob"] for entry in summary["settings"]]
-    middle = min(knobs, key=lambda knob: abs(knob - EVEN))
-    lines += [_terminal_line(e) for e in summary["settings"] if e["knob"] == middle]
+    knobs = [entry["knob"] for entry in summary["settings"] if entry["knob"] is not None]
+    middle = min(knobs, key=lambda knob: abs(knob - EVEN), default=None)
+    lines += [_terminal_line(e) for e in summary["settings"] if e["knob"] in (middle, None)]
     lines += [_forgetting_line(entry) for entry in summary["forgetting"]]
     return "\n".join([*lines, *(f"warning: {warning}" for warning in summary["warnings"])])
 
