@@ -146,11 +146,6 @@ def assert_binomial(successes: int, trials: int, probability: float) -> None:
     assert abs(successes - trials * probability) <= 4.5 * deviation
 
 
-def mean_and_error(samples: Array) -> tuple[float, float]:
-    """Sample mean and its standard error."""
-    return float(samples.mean()), float(samples.std(ddof=1) / math.sqrt(len(samples)))
-
-
 # --- schedulers
 
 
@@ -172,21 +167,6 @@ def assert_is_plain_data(state: ScheduleState) -> ScheduleState:
     return restored
 
 
-def refusal(main: Callable[[list[str]], Any], argv: list[str]) -> str:
-    """The one line with which a command ends, and a status that is not zero."""
-    said = io.StringIO()
-    with redirect_stderr(said), pytest.raises(SystemExit) as caught:
-        run_command(lambda: main(argv), "command")
-    code = caught.value.code
-    # `sys.exit(text)` prints the text and exits with 1; argparse prints by itself and exits with 2.
-    text = f"{code}\n" if isinstance(code, str) else said.getvalue()
-    assert code not in (0, None)
-    assert ": error: " in text
-    assert text.endswith("\n")
-    assert text.count("\n") == 1, text
-    return text
-
-
 def assert_one_line_error(message: str, *mentions: str) -> None:
     assert "\n" not in message
     for mention in mentions:
@@ -201,16 +181,19 @@ def projected_gradient_descent(
     weights: Sequence[Sequence[float]],
     step_size: StepSize,
     start: Array,
+    slope: Callable[[int, int, Array], Array] | None = None,
 ) -> dict[str, Array]:
-    """One run with exact gradients, in plain NumPy: the last iterate and both averages."""
+    """One run in plain NumPy: the last iterate and both averages.
+
+    `slope` gives the gradient at step t (from 0) of the objective with index i; else it is exact.
+    """
     theta, alphas, visited = start, [], []
+    slope = slope or (lambda t, i, theta: problem.objectives[i].gradient(theta))
     for t, pair in enumerate(weights, start=1):
         alpha = step_size.scale / math.sqrt(t) if step_size.decay else step_size.scale
         alphas.append(alpha)
         visited.append(theta)
-        gradient = sum(
-            w * f.gradient(theta) for w, f in zip(pair, problem.objectives, strict=True) if w
-        )
+        gradient = sum(w * slope(t - 1, i, theta) for i, w in enumerate(pair) if w)
         theta = theta - alpha * gradient
         norm = float(np.linalg.norm(theta))
         if norm > problem.radius:
@@ -220,3 +203,18 @@ def projected_gradient_descent(
         "uniform": np.mean(visited, axis=0),
         "weighted": np.average(visited, axis=0, weights=alphas),
     }
+
+
+def refusal(main: Callable[[list[str]], Any], argv: list[str]) -> str:
+    """The one line with which a command ends, and a status that is not zero."""
+    said = io.StringIO()
+    with redirect_stderr(said), pytest.raises(SystemExit) as caught:
+        run_command(lambda: main(argv), "command")
+    code = caught.value.code
+    # `sys.exit(text)` prints the text and exits with 1; argparse prints by itself and exits with 2.
+    text = f"{code}\n" if isinstance(code, str) else said.getvalue()
+    assert code not in (0, None)
+    assert ": error: " in text
+    assert text.endswith("\n")
+    assert text.count("\n") == 1, text
+    return text

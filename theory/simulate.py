@@ -23,7 +23,7 @@ from theory.problems import Problem
 from theory.randomness import BLOCK, Stream
 from theory.schedulers import Answers, Scheduler, ScheduleState
 from theory.tasks import Task
-from theory.values import SAMPLE_STREAMS, SOURCES, ValueSource
+from theory.values import NOT_LAZY, SAMPLE_STREAMS, SOURCES, ValueSource
 
 Array = NDArray[np.float64]
 
@@ -104,10 +104,8 @@ def simulate(
     record = log_spaced_steps(num_steps) if record_steps is None else np.asarray(record_steps)
     if record.size == 0 or record[0] < 1 or record[-1] > num_steps or np.any(np.diff(record) < 1):
         raise ValueError(f"record_steps must increase strictly within 1..{num_steps}")
-    if values == "lazy" and not scheduler.forgets_values:
-        raise ValueError(
-            "values='lazy' is for schedulers that probe at every step and forget: use 'exact'"
-        )
+    if values == "lazy" and (scheduler.reads_losses or scheduler.reads_gram):
+        raise ValueError(NOT_LAZY)
     loop = Loop(problem, scheduler, step_size, tuple(int(s) for s in seeds), batch_size, rule)
     source = SOURCES[values]()
     snapshots, decisions, wanted = [], [], set(record.tolist())

@@ -29,6 +29,7 @@ from theory.tasks import Task
 Array = NDArray[np.float64]
 
 SAMPLE_STREAMS = {Task.DPO: Stream.DPO_SAMPLE, Task.SFT: Stream.SFT_SAMPLE}
+NOT_LAZY = "values='lazy' is for schedulers that probe at every step and forget: use 'exact'"
 PROBE_STREAMS = {Task.DPO: Stream.DPO_PROBE, Task.SFT: Stream.SFT_PROBE}
 
 
@@ -139,6 +140,8 @@ class Lazy:
         self.anchors = np.empty((0, 0, 2))
 
     def probe(self, loop: Loop) -> Array:
+        if not loop.scheduler.forgets_values:
+            raise ValueError(NOT_LAZY)
         if not self.anchors.size:
             self._start(loop)
         low, high = np.empty_like(self.values), np.empty_like(self.values)
