@@ -14,6 +14,8 @@ from __future__ import annotations
 import datetime
 import hashlib
 import os
+import sys
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -226,11 +228,13 @@ class _Encoder:
         for name in self.kind.responses:
             self.schema = self.schema.append(pa.field(f"{name}_ids", pa.list_(pa.int32())))
             self.schema = self.schema.append(pa.field(f"{name}_mask", pa.list_(pa.int8())))
+        self._blank: dict[int, bool] = {}
         self._specials: set[int] = {*self.tokens.tokenizer.all_special_ids}
         self._specials |= set(getattr(self.tokens.tokenizer, "added_tokens_decoder", {}))
 
-    def __call__(self, batch: Mapping[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
-        return self.encode(raw_rows(batch), indices, batch[NUMBER])
+    def __call__(self, batch: Mapping[str, list[Any]], indices: list[int]) -> pa.Table:
+        columns = self.encode(raw_rows(batch), indices, batch[NUMBER])
+        return pa.Table.from_pydict(columns, self.schema)
 
     def encode(
         self, rows: Sequence[Mapping[str, Any]], indices: Sequence[int], numbers: Sequence[int]
@@ -251,15 +255,13 @@ class _Encoder:
             reading = read_row(row, self.kind, self.options)
             read.unused = reading.unused
             if reading.chat is None:
-                read.items = [Item(index, reading.texts, False, reading.is_document, reading.notes)]
+                read.items = [Item(reading.texts, False, reading.is_document, reading.notes)]
             else:
                 texts = self.template.texts(reading.chat)
                 notes = (*reading.notes, *self.template.notes(reading.chat, texts[0]))
                 if len(texts) > 1 and any(len(each) > 1 for each in texts):
                     raise RowError(NO_TURNS_IN_PAIRS, quote(texts[0][-1].text))
-                read.items = [
-                    Item(index, each, True, notes=notes) for each in zip(*texts, strict=True)
-                ]
+                read.items = [Item(each, True, notes=notes) for each in zip(*texts, strict=True)]
         except RowError as error:
             read.error = error
             read.unused = read.unused or ()
@@ -326,7 +328,9 @@ class _Encoder:
         for token in reversed(ids):
             if token in self._specials:
                 return token
-            if self.tokens.tokenizer.decode([token]).strip():
+            if token not in self._blank:
+                self._blank[token] = not self.tokens.tokenizer.decode([token]).strip()
+            if not self._blank[token]:
                 return None
         return None
 
@@ -453,4 +457,7 @@ def _add_row(digest: hashlib._Hash, row: Mapping[str, Any]) -> None:
     for key in sorted(key for key in row if key.endswith(("_ids", "_mask"))):
         # The length separates neighbours; fixed width and byte order fix the platform.
         digest.update(f"{key}:{len(row[key])};".encode())
-        digest.update(np.asarray(row[key], dtype="<i4").tobytes())
+        ids = array("i", row[key])
+        if sys.byteorder == "big":
+            ids.byteswap()
+        digest.update(ids.tobytes())

@@ -186,11 +186,12 @@ def read_row(row: Row, kind: RowKind, options: Options) -> Reading:
     """
     columns = _Columns(row, options.columns)
     check_media(columns.values)
-    read = _read_sft if kind is SFT_ROWS else _read_preference
+    read = _read_sft if kind == SFT_ROWS else _read_preference
     reading = read(columns, kind, options)
     if not options.columns:
         _check_left_over(columns, reading, kind)
-    return replace(reading, unused=columns.unused())
+    unused = columns.unused()
+    return replace(reading, unused=unused) if unused else reading
 
 
 def _read_sft(columns: _Columns, kind: RowKind, options: Options) -> Reading:
@@ -239,7 +240,7 @@ def _no_format(columns: _Columns, kind: RowKind) -> RowError:
     names = ", ".join(columns.values) or "(none)"
     return RowError(
         NO_FORMAT, f"columns {names} match no accepted format: {kind.accepted}; name yours with "
-        f"--{kind.label}_columns {'prompt' if kind is SFT_ROWS else 'chosen'}=COLUMN,..."
+        f"--{kind.label}_columns {'prompt' if kind == SFT_ROWS else 'chosen'}=COLUMN,..."
     )  # fmt: skip
 
 
@@ -272,7 +273,10 @@ def _trained_chat(messages: list[Message], tools: Any, options: Options) -> Read
         raise RowError(reason, f"roles (trained on or not) are {roles}")
     if options.train_on == "last":
         trained = trained[-1:]
-    marked = [replace(each, trained=i in trained) for i, each in enumerate(messages)]
+    marked = [
+        each if each.trained == (i in trained) else replace(each, trained=i in trained)
+        for i, each in enumerate(messages)
+    ]
     prompt = marked[: trained[0]]
     if all(each.is_blank for each in prompt):
         raise RowError(EMPTY_PROMPT, f"nothing stands in front of {quote(marked[0].content)}")
@@ -460,13 +464,19 @@ def _without_question(columns: _Columns, pair: Sequence[str], options: Options) 
 # ------------------------------------------------------------------------------- what was not read
 
 
+_CARRIERS = {*PROMPTS, *EXTRAS, *SYSTEMS, *HISTORIES, *CONVERSATIONS, *TOOLS}
+_ANSWERS = set(ANSWERS)
+
+
 def _check_left_over(columns: _Columns, reading: Reading, kind: RowKind) -> None:
     """Refuse a row with a column that may belong to its conversation and says something else."""
-    carriers = {*PROMPTS, *EXTRAS, *SYSTEMS, *HISTORIES, *CONVERSATIONS, *TOOLS}
-    carriers |= set(ANSWERS) if kind is SFT_ROWS and not reading.is_document else set()
+    carriers = _CARRIERS | (_ANSWERS if kind == SFT_ROWS and not reading.is_document else set())
+    carriers &= set(columns.unused())
+    if not carriers:
+        return
     read = [part for part in _texts_of(reading) if part]
     everything = "\n".join(read)
-    for name in sorted(carriers & set(columns.unused())):
+    for name in sorted(carriers):
         for text in _leaves(columns.row[name]):
             if text not in everything and not any(part in text for part in read):
                 raise RowError(

@@ -21,8 +21,8 @@ WEIGHT = "message weight other than 0 or 1"
 MEDIA = "pictures or sound"
 SURROGATE = "half a character (a lone surrogate)"
 
-MEDIA_KEYS = (
-    *("image", "images", "video", "videos", "audio", "audios", "pixel_values", "image_url"),
+MEDIA_KEYS = frozenset(
+    ("image", "images", "video", "videos", "audio", "audios", "pixel_values", "image_url")
 )
 ROLES = {
     "human": "user",
@@ -45,6 +45,7 @@ _ROLE_KEYS = ("role", "from", "speaker")
 _CONTENT_KEYS = ("content", "value", "text")
 _TRAINED_KEYS = ("weight", "train", "training", "trainable", "loss")
 """Keys of a message by which its owner says whether to train on it (1, true) or not (0, false)."""
+_READ = {*_ROLE_KEYS, *_CONTENT_KEYS, *_TRAINED_KEYS, "tool_calls", "function_call"}
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def is_conversation(value: Any) -> bool:
 
 def _pair(value: Any) -> list[Message] | None:
     """[question, answer] or {"input": question, "output": answer} as two messages."""
-    if isinstance(value, Mapping):
+    if isinstance(value, Mapping) and "role" not in value and "from" not in value:
         value = [_first(value, ("input", "user", "human")), _first(value, ("output", "assistant"))]
     if not isinstance(value, list | tuple) or len(value) != 2 or None in value:
         return None
@@ -148,8 +149,8 @@ def _pair(value: Any) -> list[Message] | None:
 
 def check_media(row: Mapping[str, Any]) -> None:
     """Raise RowError if a row or message comes with what a language model cannot see."""
-    for key in MEDIA_KEYS:
-        if row.get(key) not in (None, [], "", {}):
+    for key in MEDIA_KEYS & row.keys():
+        if row[key] not in (None, [], "", {}):
             raise RowError(MEDIA, f"{key} is {quote(row[key])}")
 
 
@@ -202,14 +203,13 @@ def _message(value: Any, name: str) -> Message:
     if not isinstance(role, str):
         raise RowError(NOT_TEXT, f"{name} has {quote(value)}, which is no message with a role")
     check_media(value)
-    known = (*_ROLE_KEYS, *_CONTENT_KEYS, *_TRAINED_KEYS, "tool_calls", "function_call")
-    extra = {k: without_nulls(v) for k, v in value.items() if k not in known and v is not None}
-    message = Message(_role(role), "", extra, _trained(value))
+    extra = {k: without_nulls(v) for k, v in value.items() if k not in _READ and v is not None}
+    content, calls = _first(value, _CONTENT_KEYS), value.get("tool_calls")
     if role.lower() == "function_call":
-        return _with_calls(message, decoded(str(_first(value, _CONTENT_KEYS))), name)
-    calls = value.get("tool_calls") or value.get("function_call")
-    content = _content(_first(value, _CONTENT_KEYS), f"the {role} message of {name}", bool(calls))
-    return _with_calls(replace(message, content=content), calls, name)
+        content, calls = None, content
+    calls = calls or value.get("function_call")
+    content = _content(content, f"the {role} message of {name}", bool(calls))
+    return _with_calls(Message(_role(role), content, extra, _trained(value)), calls, name)
 
 
 def _role(name: str) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from llm.data.errors import RowError, quote
@@ -18,17 +21,16 @@ TOKENS_MERGE = "tokens merge across the end of the prompt"
 TRUNCATION_MODES = ("keep_end", "keep_start")
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Item:
     """Texts that become one encoded row: one, or a pair behind the same prompt."""
 
-    index: int
     texts: tuple[Rendered, ...]
     is_chat: bool
     is_document: bool = False
     notes: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def prompt(self) -> str:
         """What all texts begin with, at most up to their first answers."""
         prompts = [text.prompt for text in self.texts]
@@ -37,8 +39,8 @@ class Item:
     @property
     def is_plain(self) -> bool:
         """Whether everything behind the prompt is trained on."""
-        prompt = self.prompt
-        return all(text.spans == ((len(prompt), len(text.text)),) for text in self.texts)
+        start = len(self.prompt)
+        return all(text.spans == ((start, len(text.text)),) for text in self.texts)
 
 
 @dataclass
@@ -67,30 +69,50 @@ class Tokens:
     def __init__(self, tokenizer: Any, max_length: int, truncation_mode: str) -> None:
         self.tokenizer, self.max_length = tokenizer, max_length
         self.cut = _keep_end if truncation_mode == "keep_end" else _keep_start
+        self.parts_at_spaces = parts_at_spaces(tokenizer)
 
     def encode(self, items: Sequence[Item]) -> list[Pieces | RowError]:
         """The pieces of each item, or why there are none."""
-        prompts = self._tokenize([(item.prompt, item.is_chat) for item in items])
-        texts = [(text.text, item.is_chat) for item in items for text in item.texts]
-        wholes = iter(self._tokenize(texts))
-        return [
-            self._pieces(item, prompt, [next(wholes) for _ in item.texts])
-            for item, prompt in zip(items, prompts, strict=True)
-        ]
+        cuts = [self._last_space(item.prompt) for item in items]
+        texts: list[tuple[str, bool]] = []
+        for item, cut in zip(items, cuts, strict=True):
+            # The prompt once, up to a place where tokens part; what follows it, for each text.
+            special = not item.is_chat
+            texts += [(item.prompt[:cut], special)] if cut else []
+            followed = [item.prompt, *(text.text for text in item.texts)]
+            texts += [(text[cut:], special and not cut) for text in followed]
+        ids = iter(self._tokenize(texts))
+        pieces = []
+        for item, cut in zip(items, cuts, strict=True):
+            head = next(ids) if cut else []
+            prompt, *wholes = (self._whole(head, next(ids)) for _ in range(1 + len(item.texts)))
+            pieces.append(self._pieces(item, prompt, wholes))
+        return pieces
+
+    def _last_space(self, prompt: str) -> int:
+        """Where the last word begins that follows a word, if tokens part there; else 0."""
+        if not self.parts_at_spaces:
+            return 0
+        found = _WORDS.match(prompt)
+        return found.end() if found else 0
+
+    def _whole(self, head: list[int], tail: list[int]) -> list[int]:
+        return _with_one_bos(head + tail, self.tokenizer.bos_token_id)
 
     def _tokenize(self, texts: Sequence[tuple[str, bool]]) -> list[list[int]]:
-        """Rendered templates bring their own special tokens, plain text gets the tokenizer's."""
+        """Ids of (text, whether the tokenizer adds its special tokens): a rendered template brings
+        its own."""
         ids: list[list[int]] = [[]] * len(texts)
-        for is_chat in {is_chat for _, is_chat in texts}:
-            chosen = [i for i, each in enumerate(texts) if each[1] == is_chat]
-            encoded = self.tokenizer(
+        for special in (True, False):
+            chosen = [i for i, each in enumerate(texts) if each[1] == special]
+            encoded = chosen and self.tokenizer(
                 [texts[i][0] for i in chosen],
-                add_special_tokens=not is_chat,
+                add_special_tokens=special,
                 return_attention_mask=False,
                 verbose=False,
-            )["input_ids"]
+            )["input_ids"]  # fmt: skip
             for i, row in zip(chosen, encoded, strict=True):
-                ids[i] = _with_one_bos(row, self.tokenizer.bos_token_id)
+                ids[i] = row
         return ids
 
     def _pieces(self, item: Item, prompt: list[int], wholes: list[list[int]]) -> Pieces | RowError:
@@ -142,8 +164,8 @@ class Tokens:
         return [int(any(a < end <= b for a, b in text.spans)) for end in ends]
 
     def _by_prefixes(self, text: Rendered, ids: list[int], is_chat: bool) -> list[int]:
-        edges = [(text.text[:edge], is_chat) for span in text.spans for edge in span]
-        counts = [common_prefix(each, ids) for each in self._tokenize(edges)]
+        edges = [(text.text[:edge], not is_chat) for span in text.spans for edge in span]
+        counts = [common_prefix(self._whole([], each), ids) for each in self._tokenize(edges)]
         mask = [0] * len(ids)
         for start, end in zip(counts[::2], counts[1::2], strict=True):
             mask[start:end] = [1] * (end - start)
@@ -178,6 +200,43 @@ class Tokens:
                 f"{quote(item.prompt)} differ beyond max_length {self.max_length}",
             )
         return pieces
+
+
+def parts_at_spaces(tokenizer: Any) -> bool:
+    """Whether tokens always part between a letter and a space with a letter behind it, so that a
+    text may be tokenised in two parts there: byte-level BPE on words, as of GPT-2 and Llama 3."""
+    if not tokenizer.is_fast:
+        return False
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    words, normal = (_types(state[key]) for key in ("pre_tokenizer", "normalizer"))
+    added = [(token.content, token.rstrip) for token in tokenizer.added_tokens_decoder.values()]
+    if state["model"]["type"] != "BPE" or not words <= {"Split", "ByteLevel", "Digits"}:
+        return False
+    if not normal <= {"NFC", "NFD", "NFKC", "NFKD"} or any(
+        strips or _WORDS.match(content) for content, strips in added
+    ):
+        return False
+    places = [
+        place for _, place in tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(_TRY)
+    ]
+    ids = (tokenizer(part, add_special_tokens=i < 2)["input_ids"] for i, part in enumerate(_TRIED))
+    whole, head, tail = ids
+    return (0, 2) in places and whole == head + tail
+
+
+_WORDS = re.compile(r".*[A-Za-z](?= [A-Za-z])", re.DOTALL)
+_TRY = "ab cd"
+_TRIED = (_TRY, _TRY[:2], _TRY[2:])
+
+
+def _types(state: Any) -> set[str]:
+    """The kinds of steps in a part of a tokenizer."""
+    if state is None:
+        return set()
+    for key in ("pretokenizers", "normalizers"):
+        if key in state:
+            return {kind for each in state[key] for kind in _types(each)}
+    return {state["type"]}
 
 
 def _of_length(mask: list[int], count: int) -> list[int] | None:
