@@ -70,31 +70,35 @@ class Tokens:
         self.tokenizer, self.max_length = tokenizer, max_length
         self.cut = _keep_end if truncation_mode == "keep_end" else _keep_start
         self.parts_at_spaces = parts_at_spaces(tokenizer)
+        self._marks = _isolated(tokenizer)
+        self._known: dict[str, list[int]] = {"": []}
 
     def encode(self, items: Sequence[Item]) -> list[Pieces | RowError]:
         """The pieces of each item, or why there are none."""
-        cuts = [self._last_space(item.prompt) for item in items]
+        cuts = [self._last_part(item.prompt) for item in items]
         texts: list[tuple[str, bool]] = []
         for item, cut in zip(items, cuts, strict=True):
             # The prompt once, up to a place where tokens part; what follows it, for each text.
             special = not item.is_chat
-            texts += [(item.prompt[:cut], special)] if cut else []
-            followed = [item.prompt, *(text.text for text in item.texts)]
-            texts += [(text[cut:], special and not cut) for text in followed]
+            texts.append((item.prompt[:cut], special))
+            texts.append((item.prompt[cut:], special and not cut))
+            texts += [(text.text[cut:], special and not cut) for text in item.texts]
         ids = iter(self._tokenize(texts))
         pieces = []
         for item, cut in zip(items, cuts, strict=True):
-            head = next(ids) if cut else []
+            head = next(ids) * bool(cut)
             prompt, *wholes = (self._whole(head, next(ids)) for _ in range(1 + len(item.texts)))
             pieces.append(self._pieces(item, prompt, wholes))
         return pieces
 
-    def _last_space(self, prompt: str) -> int:
-        """Where the last word begins that follows a word, if tokens part there; else 0."""
+    def _last_part(self, prompt: str) -> int:
+        """The last place where tokens part for certain: a word behind a word, or a special token;
+        0 if there is none."""
         if not self.parts_at_spaces:
             return 0
-        found = _WORDS.match(prompt)
-        return found.end() if found else 0
+        mark = max((prompt.rfind(token) for token in self._marks), default=-1)
+        found = _WORDS.match(prompt, max(0, mark))
+        return found.end() if found else max(0, mark)
 
     def _whole(self, head: list[int], tail: list[int]) -> list[int]:
         return _with_one_bos(head + tail, self.tokenizer.bos_token_id)
@@ -102,9 +106,11 @@ class Tokens:
     def _tokenize(self, texts: Sequence[tuple[str, bool]]) -> list[list[int]]:
         """Ids of (text, whether the tokenizer adds its special tokens): a rendered template brings
         its own."""
-        ids: list[list[int]] = [[]] * len(texts)
+        # The end of a rendered prompt is the same in most rows.
+        ids = [self._known.get(text, []) if not special else [] for text, special in texts]
         for special in (True, False):
-            chosen = [i for i, each in enumerate(texts) if each[1] == special]
+            chosen = [i for i, each in enumerate(texts) if each[1] == special and not ids[i]]
+            chosen = [i for i in chosen if special or texts[i][0]]
             encoded = chosen and self.tokenizer(
                 [texts[i][0] for i in chosen],
                 add_special_tokens=special,
@@ -113,6 +119,8 @@ class Tokens:
             )["input_ids"]  # fmt: skip
             for i, row in zip(chosen, encoded, strict=True):
                 ids[i] = row
+                if not special and len(texts[i][0]) <= _SHORT and len(self._known) < _MANY:
+                    self._known[texts[i][0]] = row
         return ids
 
     def _pieces(self, item: Item, prompt: list[int], wholes: list[list[int]]) -> Pieces | RowError:
@@ -178,6 +186,8 @@ class Tokens:
                 EQUAL_RESPONSES, f"both are {quote(item.texts[0].text[len(item.prompt) :])}"
             )
         before = [pieces.prompt, *pieces.responses]
+        if len(before[0]) + max(map(len, pieces.responses)) <= self.max_length:
+            return pieces
         bos = self.tokenizer.bos_token_id
         pieces.prompt, *pieces.responses = self.cut(*before, max_length=self.max_length, bos=bos)
         pieces.masks = [
@@ -225,8 +235,19 @@ def parts_at_spaces(tokenizer: Any) -> bool:
 
 
 _WORDS = re.compile(r".*[A-Za-z](?= [A-Za-z])", re.DOTALL)
+_SHORT, _MANY = 64, 10_000
+"""Characters of a text, and number of texts, that are worth remembering."""
 _TRY = "ab cd"
 _TRIED = (_TRY, _TRY[:2], _TRY[2:])
+
+
+def _isolated(tokenizer: Any) -> list[str]:
+    """Special tokens that part a text whatever stands around them; none where they are many."""
+    if not tokenizer.is_fast:
+        return []
+    added = tokenizer.added_tokens_decoder.values()
+    free = [t for t in added if not (t.normalized or t.lstrip or t.rstrip or t.single_word)]
+    return [t.content for t in free if t.special] if len(free) <= _SHORT else []
 
 
 def _types(state: Any) -> set[str]:
@@ -259,7 +280,7 @@ def _with_one_bos(ids: list[int], bos: int | None) -> list[int]:
     start = 0
     while bos is not None and ids[start : start + 2] == [bos, bos]:
         start += 1
-    return ids[start:]
+    return ids[start:] if start else ids
 
 
 def _keep_end(
