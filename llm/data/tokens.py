@@ -69,6 +69,9 @@ class Tokens:
     def __init__(self, tokenizer: Any, max_length: int, truncation_mode: str) -> None:
         self.tokenizer, self.max_length = tokenizer, max_length
         self.cut = _keep_end if truncation_mode == "keep_end" else _keep_start
+        if tokenizer.is_fast:
+            tokenizer.backend_tokenizer.no_truncation()
+            tokenizer.backend_tokenizer.no_padding()
         self.parts_at_spaces = parts_at_spaces(tokenizer)
         self._marks = _isolated(tokenizer)
         self._known: dict[str, list[int]] = {"": []}
@@ -111,17 +114,22 @@ class Tokens:
         for special in (True, False):
             chosen = [i for i, each in enumerate(texts) if each[1] == special and not ids[i]]
             chosen = [i for i in chosen if special or texts[i][0]]
-            encoded = chosen and self.tokenizer(
-                [texts[i][0] for i in chosen],
-                add_special_tokens=special,
-                return_attention_mask=False,
-                verbose=False,
-            )["input_ids"]  # fmt: skip
+            encoded = self._ids([texts[i][0] for i in chosen], special)
             for i, row in zip(chosen, encoded, strict=True):
                 ids[i] = row
                 if not special and len(texts[i][0]) <= _SHORT and len(self._known) < _MANY:
                     self._known[texts[i][0]] = row
         return ids
+
+    def _ids(self, texts: list[str], special: bool) -> list[list[int]]:
+        if not texts:
+            return []
+        if self.tokenizer.is_fast:  # without what the tokenizer tells beside the ids
+            backend = self.tokenizer.backend_tokenizer
+            encodings = backend.encode_batch_fast(texts, add_special_tokens=special)
+            return [encoding.ids for encoding in encodings]
+        encoded = self.tokenizer(texts, add_special_tokens=special, verbose=False)
+        return list(encoded["input_ids"])
 
     def _pieces(self, item: Item, prompt: list[int], wholes: list[list[int]]) -> Pieces | RowError:
         try:
