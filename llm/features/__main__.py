@@ -110,6 +110,8 @@ def run_config(arguments: argparse.Namespace, rest: Sequence[str], scratch: str)
     """The configuration of a run that would train on the same rows."""
     rows = ("--max_train_rows", str(arguments.rows), "--max_eval_rows", "2", "--kl_rows", "0")
     config = parse([*rest, *rows, "--algo", "mix", "--report_to", "none", "--output_dir", scratch])
+    # A response here is one text, and not the answers of a conversation.
+    config = replace(config, data=replace(config.data, train_on="last"))
     if config.embedded or config.data.max_length is not None:
         return config
     # Prompts meet responses of other rows: together they have to fit into the positions.
