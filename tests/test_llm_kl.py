@@ -11,7 +11,9 @@ import torch
 from _tiny import PAD_ID, TOKENIZER, eval_rows, make_policy, make_trainer
 from transformers import GenerationConfig, GPTNeoXForCausalLM
 
+import llm.model.samples
 from llm.flags.parse import parse
+from llm.loss.evaluate import row_length
 from llm.loss.kl import ReferenceSamples
 from llm.loss.objectives import Row
 from llm.model.samples import FILE, sample_reference, samples_of_run
@@ -154,6 +156,19 @@ def test_responses_fit_into_the_positions_of_the_model() -> None:
     )
     longest = max(len(row["completion_ids"]) for row in samples.rows)
     assert 28 + longest <= make_policy().config.max_position_embeddings == 32
+
+
+def test_samples_stay_where_the_rows_leave_the_rotary_factors_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One longer row would change the values of all rows of its batch."""
+    rows = eval_rows()[Task.DPO]
+    longest = max(map(row_length, rows))
+    monkeypatch.setattr(llm.model.samples, "rotary_limit", lambda _: longest)
+    samples = sample_reference(
+        make_policy(), rows, 4, batch_size=4, seed=0, pad_token_id=PAD_ID, eos_token_id=1
+    )
+    assert max(map(row_length, samples.rows)) <= longest < 32
 
 
 # --- in a run

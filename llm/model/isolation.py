@@ -99,10 +99,15 @@ def _examined(
     return packed
 
 
-def _mend(model: Any, ends: tuple[Row, Row]) -> str:
-    """Rotary factors that change at a number of positions are left alone by shorter rows."""
+def rotary_limit(model: Any) -> int | None:
+    """Tokens of a row beyond which the rotary factors of all rows of its batch are others."""
     rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
-    limit = rope.get("original_max_position_embeddings")
+    limit: int | None = rope.get("original_max_position_embeddings")
+    return limit
+
+
+def _mend(model: Any, ends: tuple[Row, Row]) -> str:
+    limit = rotary_limit(model)
     if limit is None or not row_length(ends[0]) <= limit < row_length(ends[1]):
         return ""
     return f"; --max_length {limit} would keep all rows below where its rotary factors change"
@@ -156,7 +161,9 @@ class Probe:
             )
         with shaken(self.model):
             moved = self._one_by_one()
-        self.rounding = rms(torch.cat(moved) - torch.cat(self.alone))
+        values, moved_values = torch.cat(self.alone), torch.cat(moved)
+        last_place = torch.finfo(values.dtype).eps * rms(values)
+        self.rounding = max(rms(moved_values - values), last_place)
         if self.rounding > UNDECIDED:
             raise ValueError(f"rounding moves its values by {self.rounding:.1e} nats a token")
 

@@ -16,9 +16,10 @@ from transformers import GenerationConfig
 
 from llm.data.encode import fingerprint_rows
 from llm.flags.arguments import RunConfig
-from llm.loss.evaluate import device_of, evaluating
+from llm.loss.evaluate import device_of, evaluating, row_length
 from llm.loss.kl import ReferenceSamples, score
 from llm.loss.objectives import Row
+from llm.model.isolation import rotary_limit
 from llm.model.reference import mixed_precision, numerics
 from theory.records import digest, read_json, write_json
 
@@ -50,8 +51,11 @@ def sample_reference(
     """
     longest = max(len(row[key]) for row in rows for key in ("chosen_ids", "rejected_ids"))
     limit = max_new_tokens or min(longest, MOST_NEW_TOKENS)
-    positions = getattr(reference.config, "max_position_embeddings", None)
+    positions = getattr(reference.config.get_text_config(), "max_position_embeddings", None)
     prompts = [rows[i % len(rows)]["prompt_ids"] for i in range(count)]
+    factors = rotary_limit(reference)
+    if factors is not None and max(map(row_length, rows)) <= factors:
+        positions = factors  # no sample leaves the range in which the rows were examined
     if positions is not None:
         limit = max(1, min(limit, positions - max(map(len, prompts))))
     samples: list[Row] = []
