@@ -182,6 +182,8 @@ def test_tokens_without_an_embedding_and_values_that_are_none_are_one_line() -> 
     rows = [*ROWS["sft"], {"prompt_ids": [3], "completion_ids": [VOCABULARY]}]
     with pytest.raises(UserError, match=f"embeddings of 97 tokens.* hold token {VOCABULARY}"):
         problem(make_model(), rows)
+    with pytest.raises(UserError, match="their padding is token 97"):
+        layout_problem(make_model(), "it", ROWS["sft"], 97, packing=True)
     model = make_model()
     with torch.no_grad():
         model.lm_head.weight[3] = torch.nan

@@ -64,7 +64,7 @@ def layout_problem(
     Raises:
         UserError: padded batches would be wrong too, or no value can be had.
     """
-    check_tokens(model, name, rows)
+    check_tokens(model, name, rows, pad_token_id)
     ends = probe_rows(rows)
     with evaluating(model), torch.no_grad():
         problem = _examined(model, name, ends, pad_token_id, packing)
@@ -113,14 +113,16 @@ def _mend(model: Any, ends: tuple[Row, Row]) -> str:
     return f"; --max_length {limit} would keep all rows below where its rotary factors change"
 
 
-def check_tokens(model: Any, name: str, rows: Sequence[Row]) -> None:
+def check_tokens(model: Any, name: str, rows: Sequence[Row], pad_token_id: int) -> None:
     """Refuse token ids that have no embedding; a CUDA device would fail without saying where."""
-    size = len(model.get_input_embeddings().weight)
+    try:
+        size = len(model.get_input_embeddings().weight)
+    except (AttributeError, NotImplementedError, TypeError):  # several tables, or none
+        return
     largest = max(max(ids) for row in rows for key, ids in row.items() if key.endswith("_ids"))
-    if largest >= size:
-        raise UserError(
-            f"{name} has embeddings of {size} tokens, and the rows hold token {largest}"
-        )
+    for what, token in (("the rows hold", largest), ("their padding is", pad_token_id)):
+        if token >= size:
+            raise UserError(f"{name} has embeddings of {size} tokens, and {what} token {token}")
 
 
 def probe_rows(rows: Sequence[Row]) -> tuple[Row, Row]:

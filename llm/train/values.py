@@ -3,7 +3,7 @@
 train     the batches that the next step of each objective would train on; between two probes the
           loss of the stepped batch renews the value of its objective (`same` in the theory). The
           winner's forward pass is the one of its step, so a probe costs the loser's alone (with
-          gradient accumulation both); with dropout, as in training. Free of extra data, but noisy,
+          gradient accumulation both); in training mode. Free of extra data, but noisy,
           and the larger of two noisy values is biased upwards.
 held_out  the same rows at every probe, in no training set (`set_aside`) and in no report. Between
           two probes the values stay: a training loss is another mean over other rows, and mixing
