@@ -46,7 +46,7 @@ from llm.train.trainer import JointTrainer
 from llm.train.values import split_values
 from theory.cli import UserError
 from theory.registry import make_scheduler
-from theory.schedulers import Scheduler
+from theory.scheduling import Scheduler
 from theory.tasks import Task
 
 DATE_FILE = "template_date.txt"

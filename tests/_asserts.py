@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from theory.cli import run_command
 from theory.objectives import Objective, StochasticObjective
 from theory.problems import Problem
-from theory.schedulers import ScheduleState
+from theory.scheduling import ScheduleState
 from theory.simulate import StepSize
 
 Array = NDArray[np.float64]

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from theory.schedulers import Scheduler, ScheduleState
+from theory.scheduling import Scheduler, ScheduleState
 
 Array = NDArray[np.float64]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from theory.schedulers import Probe, Scheduler, ScheduleState
+from theory.scheduling import Probe, Scheduler, ScheduleState
 
 
 @dataclass(frozen=True)

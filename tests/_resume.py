@@ -15,16 +15,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback
 
 from llm.train.trainer import JointTrainer
-from theory.schedulers import (
-    Alright,
-    Alternate,
-    Importance,
-    Maxright,
-    Mix,
-    Scheduler,
-    Sequential,
-    Single,
-)
+from theory.schedulers import Alright, Alternate, Importance, Maxright, Mix, Sequential, Single
+from theory.scheduling import Scheduler
 from theory.tasks import Task
 
 STEPS, AT = 8, 5

@@ -10,7 +10,7 @@ from pathlib import Path
 ALGORITHM = "stranger.schedules:Turns"
 SCHEDULE = '''
 from dataclasses import dataclass
-from theory.schedulers import Scheduler, option
+from theory.scheduling import Scheduler, option
 from stranger import rules
 
 @dataclass(frozen=True)

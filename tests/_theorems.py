@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from theory.optima import ProblemOptima
 from theory.problems import Problem, make_problem
-from theory.schedulers import Scheduler, objective_weights
+from theory.schedulers import objective_weights
+from theory.scheduling import Scheduler
 from theory.simulate import StepSize, Trace, simulate
 
 Array = NDArray[np.float64]

@@ -24,7 +24,7 @@ from llm.loss.evaluate import with_reference_logps
 from llm.loss.kl import ReferenceSamples
 from llm.loss.objectives import Batch, DPOObjective, LanguageObjective, Row, SFTObjective
 from llm.train.trainer import JointTrainer
-from theory.schedulers import Scheduler
+from theory.scheduling import Scheduler
 from theory.tasks import Task
 
 TOKENIZER = embedded.build_tokenizer()

@@ -21,16 +21,8 @@ from _tiny import (
 
 from llm.loss.objectives import Row
 from llm.train.trainer import JointTrainer
-from theory.schedulers import (
-    Alright,
-    Alternate,
-    Importance,
-    Maxright,
-    Mix,
-    Scheduler,
-    Sequential,
-    Single,
-)
+from theory.schedulers import Alright, Alternate, Importance, Maxright, Mix, Sequential, Single
+from theory.scheduling import Scheduler
 from theory.tasks import Task
 
 # One step of SGD on weights of order 0.1 with learning rate 1: a few roundings of float32.

@@ -19,7 +19,8 @@ from llm.loss.losses import dpo_loss, token_logps
 from llm.loss.objectives import SFTObjective
 from theory.objectives import LogisticDPO, Quadratic, SoftmaxSFT, response_log_probs
 from theory.problems import Problem
-from theory.schedulers import Alright, Alternate, Importance, Maxright, Mix, Scheduler, Sequential
+from theory.schedulers import Alright, Alternate, Importance, Maxright, Mix, Sequential
+from theory.scheduling import Scheduler
 from theory.simulate import StepSize, simulate
 from theory.tasks import Task
 

@@ -15,7 +15,8 @@ from theory.objectives import LogisticDPO, Quadratic, SoftmaxSFT
 from theory.optima import ProblemOptima
 from theory.optimizers import Adam, Clip, Momentum
 from theory.problems import Problem, make_problem
-from theory.schedulers import Alright, Maxright, Mix, Scheduler, Sequential
+from theory.schedulers import Alright, Maxright, Mix, Sequential
+from theory.scheduling import Scheduler
 from theory.simulate import StepSize, simulate
 from theory.theorems import bounds
 

@@ -13,10 +13,10 @@ from theory.schedulers import (
     Importance,
     Maxright,
     Mix,
-    Scheduler,
     Sequential,
     SFTAlone,
 )
+from theory.scheduling import Scheduler
 from theory.simulate import StepSize, simulate
 
 

@@ -26,7 +26,8 @@ from theory.objectives import Constants, LogisticDPO, Quadratic, SoftmaxSFT, Sto
 from theory.optima import problem_optima
 from theory.problems import PROBLEMS, Problem, make_problem
 from theory.randomness import Stream
-from theory.schedulers import Alright, Maxright, Mix, Scheduler, Sequential
+from theory.schedulers import Alright, Maxright, Mix, Sequential
+from theory.scheduling import Scheduler
 from theory.simulate import ITERATES, StepSize, simulate
 
 Array = NDArray[np.float64]

@@ -18,7 +18,8 @@ from theory.metrics import convex_metrics, mean_interval
 from theory.objectives import Quadratic
 from theory.optima import ProblemOptima
 from theory.problems import Problem, quadratic
-from theory.schedulers import Alright, Maxright, Mix, Scheduler, objective_weights
+from theory.schedulers import Alright, Maxright, Mix, objective_weights
+from theory.scheduling import Scheduler
 from theory.simulate import StepSize
 from theory.theorems import bounds, leading_order
 

@@ -27,7 +27,8 @@ from llm.loss.objectives import Row, Terms
 from llm.train.clipping import OUTLIER, RATE, StepNorms
 from llm.train.trainer import JointTrainer
 from theory.cli import UserError
-from theory.schedulers import Alternate, Importance, Scheduler
+from theory.schedulers import Alternate, Importance
+from theory.scheduling import Scheduler
 from theory.tasks import Task
 
 # Lengths of steps of order 0.1 to 1, taken from differences of float32 weights of order 1.

@@ -27,7 +27,8 @@ from llm.loss.packing import pack_preference, to_device
 from llm.model.isolation import layout_problem
 from llm.train.trainer import JointTrainer
 from llm.train.values import copied_early
-from theory.schedulers import Alright, Maxright, Mix, Scheduler
+from theory.schedulers import Alright, Maxright, Mix
+from theory.scheduling import Scheduler
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

@@ -18,13 +18,8 @@ from _tiny import (
 from _training import ONE_STEP, SCHEDULERS, first_batch, loss_on, stepped
 
 from llm.loss.collate import collate_sft
-from theory.schedulers import (
-    Importance,
-    Maxright,
-    Mix,
-    Scheduler,
-    Single,
-)
+from theory.schedulers import Importance, Maxright, Mix, Single
+from theory.scheduling import Scheduler
 from theory.tasks import Task
 
 

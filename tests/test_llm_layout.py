@@ -27,7 +27,8 @@ from llm.run import main
 from llm.setup import prepare
 from theory.cli import UserError
 from theory.records import read_json
-from theory.schedulers import Alright, Mix, Scheduler
+from theory.schedulers import Alright, Mix
+from theory.scheduling import Scheduler
 from theory.tasks import Task
 
 pytestmark = pytest.mark.usefixtures("short_base_training")

@@ -29,7 +29,8 @@ from llm.model.load import load_policy
 from llm.run import main
 from llm.train.noise import Dropout, EmbeddingNoise, row_lengths
 from theory.cli import UserError
-from theory.schedulers import Maxright, Mix, Scheduler, Sequential, Single
+from theory.schedulers import Maxright, Mix, Sequential, Single
+from theory.scheduling import Scheduler
 from theory.tasks import Task
 
 DROPPING = {"hidden_dropout": 0.3, "attention_dropout": 0.3}

@@ -14,7 +14,8 @@ from llm.flags.parse import parse
 from llm.flags.schedule import VALUE_FLAGS, schedule_arguments, scheduler_of
 from theory.cli import UserError
 from theory.registry import flags_of, resolve
-from theory.schedulers import REGISTRY, Maxright, Mix, Scheduler, Sequential
+from theory.schedulers import REGISTRY, Maxright, Mix, Sequential
+from theory.scheduling import Scheduler
 
 CPU = ["--use_cpu", "true"]
 VALUES = {

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from theory.schedulers import Maxright, ScheduleState
+from theory.schedulers import Maxright
+from theory.scheduling import ScheduleState
 from theory.tasks import Task
 
 Array = NDArray[np.float64]

@@ -28,7 +28,8 @@ from theory.registry import (
     scheduler_options,
     typical_scheduler,
 )
-from theory.schedulers import REGISTRY, Mix, Scheduler, Sequential, SFTAlone
+from theory.schedulers import REGISTRY, Mix, Sequential, SFTAlone
+from theory.scheduling import Scheduler
 from theory.sweep import Batch, run_sweep
 
 FLAGS = {
@@ -113,7 +114,7 @@ def test_an_option_that_is_missing_unused_or_unknown_is_named() -> None:
         ("", "stranger.schedules:Turns", "has no 'Turns'"),
         ("Turns = 3", "stranger.schedules:Turns", "no subclass"),
         (
-            "from theory.schedulers import Scheduler\nclass Turns(Scheduler):\n    x: int = 3",
+            "from theory.scheduling import Scheduler\nclass Turns(Scheduler):\n    x: int = 3",
             "stranger.schedules:Turns",
             "no dataclass",
         ),

@@ -28,12 +28,11 @@ from theory.schedulers import (
     Importance,
     Maxright,
     Mix,
-    Scheduler,
-    ScheduleState,
     Sequential,
     Single,
     objective_weights,
 )
+from theory.scheduling import Scheduler, ScheduleState
 from theory.tasks import Task
 
 LAMS = st.floats(0.0, 1.0)

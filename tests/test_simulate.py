@@ -25,13 +25,11 @@ from theory.schedulers import (
     Importance,
     Maxright,
     Mix,
-    Probe,
-    Scheduler,
-    ScheduleState,
     Sequential,
     Single,
     objective_weights,
 )
+from theory.scheduling import Probe, Scheduler, ScheduleState
 from theory.simulate import AHEAD, ITERATES, StepSize, Trace, log_spaced_steps, simulate
 from theory.tasks import Task
 

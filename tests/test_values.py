@@ -13,7 +13,8 @@ from theory.kernels import tangent_bounds
 from theory.objectives import Quadratic
 from theory.optima import problem_optima
 from theory.problems import PROBLEMS, Problem, make_problem
-from theory.schedulers import Array, Maxright, Mix, Probe, Scheduler, ScheduleState
+from theory.schedulers import Array, Maxright, Mix
+from theory.scheduling import Probe, Scheduler, ScheduleState
 from theory.simulate import Loop, StepSize, Trace, simulate
 from theory.tasks import Task
 from theory.values import PROBE_STREAMS, SAMPLE_STREAMS

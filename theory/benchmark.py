@@ -40,7 +40,8 @@ from theory.optima import problem_optima
 from theory.plain import PROBLEM, Array, plain_run
 from theory.plotting.style import COLOURS, LABELS, STYLE
 from theory.records import save_figure, write_json
-from theory.schedulers import Alright, Maxright, Mix, Scheduler, Sequential
+from theory.schedulers import Alright, Maxright, Mix, Sequential
+from theory.scheduling import Scheduler
 from theory.simulate import StepSize, Trace, simulate
 
 NAME = "benchmark"

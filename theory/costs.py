@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from theory.schedulers import Scheduler
+from theory.scheduling import Scheduler
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """From the name of an algorithm to a scheduler: built in, or `package.module:Class` of your own.
 
-What a user may set of an algorithm are the fields of its class (`theory.schedulers.Scheduler`). A
+What a user may set of an algorithm are the fields of its class (`theory.scheduling.Scheduler`). A
 run fills in three of them itself (`FILLED`); the others are flags.
 """
 
@@ -13,7 +13,8 @@ from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from theory.foreign import is_foreign, load_object
-from theory.schedulers import REGISTRY, Scheduler
+from theory.schedulers import REGISTRY
+from theory.scheduling import Scheduler
 
 FILLED = ("seed", "optimum")
 """Options that a run gives, not its user."""
@@ -49,7 +50,7 @@ def resolve(name: str) -> type[Scheduler]:
         raise ValueError(f"unknown algorithm {name!r}; choose from {known} or package.module:Class")
     found = load_object(name)
     if not (inspect.isclass(found) and issubclass(found, Scheduler)):
-        raise ValueError(f"{name} is no subclass of theory.schedulers.Scheduler")
+        raise ValueError(f"{name} is no subclass of theory.scheduling.Scheduler")
     if not (is_dataclass(found) and "__dataclass_fields__" in vars(found)):
         raise ValueError(f"{name} is no dataclass: put @dataclass(frozen=True) above it")
     return found

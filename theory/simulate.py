@@ -21,7 +21,7 @@ from theory.kernels import descend, projected_step, sample
 from theory.optimizers import Memory, Rule
 from theory.problems import Problem
 from theory.randomness import BLOCK, Stream
-from theory.schedulers import Answers, Scheduler, ScheduleState
+from theory.scheduling import Answers, Scheduler, ScheduleState
 from theory.tasks import Task
 from theory.values import NOT_LAZY, SAMPLE_STREAMS, SOURCES, ValueSource
 

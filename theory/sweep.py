@@ -30,7 +30,7 @@ from theory.optimizers import Rule
 from theory.problems import make_problem
 from theory.records import digest, digest_of_code, write_parquet
 from theory.registry import make_scheduler, scheduler_options
-from theory.schedulers import Scheduler
+from theory.scheduling import Scheduler
 from theory.simulate import ITERATES, StepSize, Trace, simulate
 from theory.tasks import Task
 

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from theory.kernels import tangent_bounds
 from theory.problems import Problem
 from theory.randomness import Stream
-from theory.schedulers import Answers, Scheduler, ScheduleState
+from theory.scheduling import Answers, Scheduler, ScheduleState
 from theory.tasks import Task
 
 Array = NDArray[np.float64]

@@ -26,16 +26,8 @@ from llm.loss.collate import collate_sft
 from llm.loss.evaluate import with_reference_logps
 from llm.loss.objectives import DPOObjective, LanguageObjective, SFTObjective
 from llm.train.trainer import JointTrainer
-from theory.schedulers import (
-    Alright,
-    Maxright,
-    Mix,
-    Probe,
-    Scheduler,
-    ScheduleState,
-    Sequential,
-    Single,
-)
+from theory.schedulers import Alright, Maxright, Mix, Sequential, Single
+from theory.scheduling import Probe, Scheduler, ScheduleState
 from theory.tasks import Task
 
 LAM = 0.5

@@ -25,7 +25,7 @@ from llm.loss.collate import collate_preference, collate_sft
 from llm.loss.losses import IGNORE_INDEX
 from llm.loss.objectives import Batch, Row, move
 from llm.train.streams import SampleStream
-from theory.schedulers import Answers, Scheduler
+from theory.scheduling import Answers, Scheduler
 from theory.tasks import Task
 
 BETA = 0.1

@@ -26,7 +26,7 @@ from theory.records import digest, digest_of_code, read_json, write_json
 RESULT = "result.json"
 CODE = (
     *("llm.data", "llm.loss", "llm.model", "llm.train", "llm.setup", "llm.single_runs"),
-    *("llm.compare.runs", "theory.schedulers", "theory.randomness"),
+    *("llm.compare.runs", "theory.scheduling", "theory.schedulers", "theory.randomness"),
 )
 """What a result depends on: results of other code are not taken for results."""
 

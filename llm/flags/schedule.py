@@ -9,7 +9,8 @@ from typing import Any
 from llm.flags.arguments import DataArguments, JointArguments, ModelArguments
 from theory.cli import UserError
 from theory.registry import Flag, flags_of, resolve, scheduler_for_run
-from theory.schedulers import REGISTRY, Scheduler
+from theory.schedulers import REGISTRY
+from theory.scheduling import Scheduler
 
 SHARED = "lam"
 """The option that every command knows: a field of `JointArguments`."""

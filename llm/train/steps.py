@@ -19,7 +19,7 @@ from llm.train.gram import TwoGradients
 from llm.train.meters import Clock, Meters
 from llm.train.values import copied_early
 from theory.cli import UserError
-from theory.schedulers import Answers, Probe, Scheduler, ScheduleState
+from theory.scheduling import Answers, Probe, Scheduler, ScheduleState
 from theory.tasks import Task
 
 

@@ -41,7 +41,7 @@ from llm.train.noise import Dropout, EmbeddingNoise
 from llm.train.reporting import Objectives, ReportingTrainer, RowSets
 from llm.train.streams import open_streams, steps_per_epoch
 from llm.train.values import copied_early, share_of_rank, summed_loss
-from theory.schedulers import Answers, Scheduler, ScheduleState
+from theory.scheduling import Answers, Scheduler, ScheduleState
 from theory.tasks import Task
 
 

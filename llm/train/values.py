@@ -26,7 +26,7 @@ from torch import Tensor
 from llm.loss.evaluate import by_length, device_of, evaluating
 from llm.loss.objectives import LanguageObjective, Row, move
 from theory.cli import UserError
-from theory.schedulers import Scheduler
+from theory.scheduling import Scheduler
 from theory.tasks import Task
 
 SOURCES = ("train", "held_out")
