@@ -162,13 +162,18 @@ def test_samples_stay_where_the_rows_leave_the_rotary_factors_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """One longer row would change the values of all rows of its batch."""
-    rows = eval_rows()[Task.DPO]
-    longest = max(map(row_length, rows))
-    monkeypatch.setattr(llm.model.samples, "rotary_limit", lambda _: longest)
-    samples = sample_reference(
-        make_policy(), rows, 4, batch_size=4, seed=0, pad_token_id=PAD_ID, eos_token_id=1
-    )
-    assert max(map(row_length, samples.rows)) <= longest < 32
+    rows = [
+        {"prompt_ids": [5] * prompt, "chosen_ids": [6] * response, "rejected_ids": [7]}
+        for prompt, response in ((20, 2), (2, 18))
+    ]
+    lengths = []
+    for limit in (None, 22):
+        monkeypatch.setattr(llm.model.samples, "rotary_limit", lambda _, limit=limit: limit)
+        samples = sample_reference(
+            make_policy(), rows, 8, batch_size=4, seed=0, pad_token_id=PAD_ID, eos_token_id=1
+        )
+        lengths.append(max(map(row_length, samples.rows)))
+    assert lengths[1] <= max(map(row_length, rows)) == 22 < lengths[0]
 
 
 # --- in a run
