@@ -28,7 +28,13 @@ from llm.flags.arguments import RunConfig
 from llm.loss.kl import ReferenceSamples
 from llm.loss.objectives import DPOObjective, LanguageObjective, Row, SFTObjective
 from llm.model.isolation import layout_problem
-from llm.model.load import load_policy, load_tokenizer, stop_at, with_adapters
+from llm.model.load import (
+    check_router,
+    load_policy,
+    load_tokenizer,
+    stop_at,
+    with_adapters,
+)
 from llm.model.reference import (
     add_reference_logps,
     check_reference,
@@ -81,6 +87,7 @@ def prepare(config: RunConfig, say: Callable[[str], None] = print) -> Setup:
     policies = _embedded_policies(config, tokenizer) if config.embedded else _own_policies(config)
     policy = policies.first
     check_reference(config, policy)
+    check_router(policy, config.model.model_name_or_path)
     identity = _identity_of(config, policy)
     train, held_out = encode_data(config, tokenizer, raw, policy.config, say)
     check_data(config, (train, held_out))

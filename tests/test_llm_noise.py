@@ -22,10 +22,8 @@ from _tiny import (
 )
 from transformers import AutoModelForCausalLM, MixtralConfig
 
-from llm.flags.arguments import ModelArguments
 from llm.loss.collate import collate_preference
 from llm.loss.packing import pack_preference
-from llm.model.load import load_policy
 from llm.run import main
 from llm.train.noise import Dropout, EmbeddingNoise, row_lengths
 from theory.cli import UserError
@@ -209,7 +207,10 @@ def test_all_linear_layers_get_adapters(own: Callable[..., list[str]], tmp_path:
     assert names == {"dense", "dense_4h_to_h", "dense_h_to_4h", "query_key_value"}
 
 
-def test_a_loss_of_the_router_that_would_be_left_out_is_refused(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("temporary_datasets_cache")
+def test_a_loss_of_the_router_that_would_be_left_out_is_refused(
+    own: Callable[..., list[str]], tmp_path: Path
+) -> None:
     config = MixtralConfig(
         vocab_size=len(TOKENIZER),
         hidden_size=16,
@@ -220,6 +221,7 @@ def test_a_loss_of_the_router_that_would_be_left_out_is_refused(tmp_path: Path) 
         num_local_experts=2,
         output_router_logits=True,
     )
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    command = own("--algo", "sft")
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
     with pytest.raises(UserError, match="set output_router_logits to false"):
-        load_policy(ModelArguments(model_name_or_path=str(tmp_path)))
+        main(command)

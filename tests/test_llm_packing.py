@@ -250,7 +250,7 @@ def test_the_model_is_itself_again_afterwards() -> None:
         with packed_attention(model):
             assert model.config._attn_implementation == PACKED
         assert model.config._attn_implementation == PACKED
-        with pytest.raises(NotImplementedError, match="packed batches only"):
+        with pytest.raises(NotImplementedError, match="no plan of a packed batch"):
             model(input_ids=torch.ones(1, 3, dtype=torch.long))
     assert model.config._attn_implementation == before
     with pytest.raises(ZeroDivisionError), packed_attention(model):

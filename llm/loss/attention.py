@@ -91,7 +91,7 @@ def packed_attention_forward(
         NotImplementedError: without a plan, or for a kind of attention that is not computed here.
     """
     if packing_plan is None:
-        raise NotImplementedError("a model inside packed_attention() takes packed batches only")
+        raise NotImplementedError("its attention gets no plan of a packed batch")
     extras = [name for name in _UNSUPPORTED if kwargs.get(name) is not None]
     if extras:
         raise NotImplementedError(f"packed attention does not compute {', '.join(extras)}")

@@ -60,14 +60,16 @@ def load_policy(arguments: ModelArguments) -> Any:
 
     An adapter comes with its base under it and goes on being trained.
     """
-    name = arguments.model_name_or_path
-    model = _load_model(arguments, name, arguments.model_revision, True)
+    return _load_model(arguments, arguments.model_name_or_path, arguments.model_revision, True)
+
+
+def check_router(model: Any, name: str | None) -> None:
+    """Refuse to train a mixture of experts that asks for a loss besides the two objectives."""
     if getattr(model.config.get_text_config(), "output_router_logits", False):
         raise UserError(
             f"{name} asks for an auxiliary loss of its router, which is no part of f_SFT or f_DPO: "
             "set output_router_logits to false in its config.json"
         )
-    return model
 
 
 def load_reference(arguments: ModelArguments) -> Any:
