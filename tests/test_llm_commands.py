@@ -206,7 +206,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     words = {"tmp": str(root), "own": " ".join(flags), "train": " ".join(flags[:3])}
     make_policy(vocab_size=len(TOKENIZER) + 1).save_pretrained(root / "other")
     for name in ("broken.jsonl", "broken.txt"):
-        (root / name).write_text('{"question": "why ?", "answer": "so ."}\n')
+        (root / name).write_text('{"title": "why ?", "author": "so ."}\n')
     (root / "binary.yaml").write_bytes(b"\xff\xfe\x00\x01")
     for name, content in (("foreign/summary.json", "{}"), ("unreadable/joint_config.json", "{")):
         (root / name).parent.mkdir()
@@ -250,7 +250,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
     left = [path for path in tmp_path.rglob("*.*") if path.suffix in (".safetensors", ".md")]
     assert not left
     assert not list(world.root.rglob("*.html"))
-    assert (world.root / "broken.txt").read_text().startswith('{"question"')
+    assert (world.root / "broken.txt").read_text().startswith('{"title"')
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
