@@ -6,8 +6,9 @@
 
 Suites: `dpo` and `sft` against TRL's trainers; `joint`, ALRIGHT and MAXRIGHT against the paper's
 way; `cost`, every algorithm against the cost model of `theory.costs`; `overhead`, the fixed cost of
-a step against a plain Trainer. Every contender is a trainer's own `train()` in its own process;
-rounds are taken in turn (see `llm.benchmark.pool`) and ratios round by round.
+a step against a plain Trainer; `data` (only if named), from a file to rows against TRL's way. Every
+contender is a trainer's own `train()` in its own process; rounds are taken in turn (see
+`llm.benchmark.pool`) and ratios round by round.
 
 Writes benchmark.json (all rounds), table.md and benchmark.png/.svg whenever some contenders are
 through, so that a time limit loses nothing.
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from llm.benchmark.config import PROG, BenchmarkConfig, parse
+from llm.benchmark.data import SUITE, measure_data
 from llm.benchmark.device import describe, find_device, peak_tflops
 from llm.benchmark.figures import benchmark_figure
 from llm.benchmark.goodput import Work
@@ -64,8 +66,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     for group, suites in GROUPS.items():
         if set(suites) & set(config.suites):
             _measure_group(group, config, document, deadline)
+    if SUITE in config.suites:
+        print(f"{SUITE}:", flush=True)
+        quick = config.shape.name == "tiny"
+        document["data"] = measure_data(config.sources, config.threads, quick=quick)
+        write_json(config.out / "benchmark.json", document)
+        write_text(config.out / "table.md", table(document))
     print("\n" + table(document))
-    print(f"wrote benchmark.json, table.md and benchmark.png/.svg to {config.out}/")
+    figure = " and benchmark.png/.svg" * bool(document["groups"])
+    print(f"wrote benchmark.json, table.md{figure} to {config.out}/")
 
 
 def _empty(config: BenchmarkConfig, argv: Sequence[str]) -> Document:

@@ -44,6 +44,14 @@ def table(document: dict[str, Any]) -> str:
             ),
         ]  # fmt: skip
         parts += _reference(document["throughput"])
+    if document.get("data"):
+        parts += [
+            "## From a file to rows to train on",
+            _markdown(
+                ("objective", "contender", "rows", "seconds", "CPU seconds", "peak MiB"),
+                map(_data_cells, document["data"]),
+            ),
+        ]
     failed = [f"- {name}: {why}" for name, why in document["failed"].items()]
     if failed:
         parts += ["## Not measured", "\n".join(failed)]
@@ -57,6 +65,11 @@ def _ratio_cells(line: dict[str, Any]) -> list[str]:
     of = f"{line['what']}: {line['over']} / {line['under']}"
     met = {None: "", True: "yes", False: "no"}[line["met"]]
     return [line["label"], of, f"{line['median']:.3f}", interval, target, met]
+
+
+def _data_cells(line: dict[str, Any]) -> list[str]:
+    seconds = (f"{line[key]:.1f}" for key in ("seconds", "cpu_seconds"))
+    return [line["task"], line["side"], str(line["rows"]), *seconds, f"{line['peak_mib']:.0f}"]
 
 
 def _cost_cells(line: dict[str, Any]) -> list[str]:

@@ -48,9 +48,24 @@ class TokenRows(Sequence[Row]):
         row: Row = {k: ids for k, ids in lists.items() if ids or k.endswith("_ids")}
         return row | {name: values[index] for name, values in self._extra.items()}
 
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sequence) or len(other) != len(self):
+            return False
+        return all(mine == theirs for mine, theirs in zip(self, other, strict=True))
+
     def with_columns(self, extra: Mapping[str, Sequence[Any]]) -> TokenRows:
         """The same rows with one more value of each name in `extra`."""
         return TokenRows(self._table, self.lines, self._extra | dict(extra))
+
+
+def with_columns(rows: Sequence[Row], columns: Mapping[str, Sequence[Any]]) -> Sequence[Row]:
+    """The rows with one more value of each name in `columns`; those on disk stay there."""
+    if isinstance(rows, TokenRows):
+        return rows.with_columns(columns)
+    values = zip(*columns.values(), strict=True)
+    return [
+        row | dict(zip(columns, each, strict=True)) for row, each in zip(rows, values, strict=True)
+    ]
 
 
 class _Lists:

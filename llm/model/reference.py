@@ -26,6 +26,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from peft import PeftModel
 
 from llm.data.encode import Encoded, fingerprint
+from llm.data.rows import with_columns
 from llm.flags.arguments import RunConfig
 from llm.loss.evaluate import evaluate_objective, with_reference_logps
 from llm.loss.objectives import LanguageObjective, Row
@@ -137,11 +138,8 @@ def add_reference_logps(
             _check_finite(logps, part.name)
             if config.training.process_index == 0:
                 store.write(logps)
-        rows = [
-            row | dict(zip(KEYS, pair, strict=True))
-            for row, pair in zip(part.rows, logps, strict=True)
-        ]
-        filled.append(replace(part, rows=rows))
+        columns = dict(zip(KEYS, zip(*logps, strict=True), strict=True))
+        filled.append(replace(part, rows=with_columns(part.rows, columns)))
     return filled
 
 
