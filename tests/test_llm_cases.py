@@ -166,6 +166,12 @@ def test_text_stays_text_in_every_row() -> None:
     ]
 
 
+def test_numbers_keep_their_digits(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"prompt": "p", "completion": 1.50}\n{"prompt": "p", "completion": 1e5}\n')
+    assert [row["responses"] for row in listed(file)] == [["1.50</s>"], ["1e5</s>"]]
+
+
 def test_a_system_message_that_moves_is_in_front_of_the_answer() -> None:
     for row in listed(path_of("62"), "t_last_user_system"):
         assert row["prompt"].startswith("<s><u>Be exact.\nSpell")

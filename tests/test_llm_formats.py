@@ -70,6 +70,10 @@ CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name
             {"messages": [{"role": "User", "content": [{"type": "text", "text": "p"}]}, CHAT[1]]},
             [[U], [A]],
         ),
+        (  # a greeting is in front of the answers
+            {"messages": [assistant("g"), *CHAT]},
+            [[("assistant", "g"), U], [A]],
+        ),
         (  # every answer is trained on; what follows the last has none
             {"messages": [*CHAT, user("r"), assistant("d"), user("late")]},
             [[U], [A, ("user", "r"), ("*assistant", "d")]],
@@ -308,6 +312,8 @@ def test_columns_by_name_and_columns_not_used() -> None:
     reading = read(row, columns={"prompt": "ask", "completion": "reply", "system": ""})
     assert told(reading) == ["p", "c"]
     assert reading.unused == ("query", "system", "id")
+    seen = {"messages": CHAT, "images": ["a.jpg"]}
+    assert told(read(seen, columns=formats.parse_columns("images=", "--x"))) == [[U], [A]]
     assert formats.parse_columns("prompt=ask, completion = reply,system=", "--x") == {
         "prompt": "ask",
         "completion": "reply",

@@ -101,6 +101,7 @@ def test_a_directory_is_read_by_split(tmp_path: Path) -> None:
         ("a.tsv", "prompt\tcompletion\np, q\t1.50\n", [("p, q", "1.50")]),
         ("a.jsonl", '{"prompt": "p", "completion": "2020-01-02"}\r\n\r\n', [("p", "2020-01-02")]),
         ("a.jsonl", '{"prompt": 1, "completion": {"a": null}}', [(1, {"a": None})]),
+        ("a.jsonl", '{"prompt": "p", "completion": 1.50}', [("p", 1.5)]),
         ("a.json", '\ufeff[{"prompt": "p", "completion": 10}]', [("p", 10)]),
         ("a.json", '{"prompt": "p", "completion": "x"}\n' * 2, [("p", "x")] * 2),
     ],

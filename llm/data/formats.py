@@ -130,8 +130,8 @@ def parse_columns(text: str | None, flag: str) -> dict[str, str]:
         DataError: not of that form, or no such meaning.
     """
     pairs = [each.partition("=") for each in (text or "").split(",") if each.strip()]
-    for meaning, equals, _ in pairs:
-        if not equals or meaning.strip() not in MEANINGS:
+    for meaning, equals, column in pairs:
+        if not equals or (column.strip() and meaning.strip() not in MEANINGS):
             raise DataError(
                 f"{flag} {text}: give MEANING=COLUMN,... with {', '.join(MEANINGS)} for MEANING"
             )
@@ -271,15 +271,17 @@ def _trained_chat(messages: list[Message], tools: Any, options: Options) -> Read
         reason = EMPTY_RESPONSE if wanted else UNTRAINED if replies else NO_ASSISTANT
         roles = ", ".join(f"{each.role} ({each.trained:d})" for each in messages)
         raise RowError(reason, f"roles (trained on or not) are {roles}")
-    if options.train_on == "last":
-        trained = trained[-1:]
+    # A greeting has nothing in front of it: it belongs to the prompt of the answers behind it.
+    begun = [i for i in trained if not all(each.is_blank for each in messages[:i])]
+    if not begun:
+        first = quote(messages[trained[0]].content)
+        raise RowError(EMPTY_PROMPT, f"nothing stands in front of {first}")
+    trained = begun[-1:] if options.train_on == "last" else begun
     marked = [
         each if each.trained == (i in trained) else replace(each, trained=i in trained)
         for i, each in enumerate(messages)
     ]
     prompt = marked[: trained[0]]
-    if all(each.is_blank for each in prompt):
-        raise RowError(EMPTY_PROMPT, f"nothing stands in front of {quote(marked[0].content)}")
     return Reading(chat=Chat(prompt, (marked[trained[0] : trained[-1] + 1],), tools))
 
 

@@ -88,6 +88,17 @@ class Rendered:
         return self.text[: self.spans[0][0]]
 
 
+class Number(float):
+    """A number that knows how it was written: 1.50 as an answer is that text."""
+
+    def __new__(cls, text: str) -> Number:
+        number = super().__new__(cls, text)
+        number.text = text
+        return number
+
+    text: str
+
+
 def user(content: str) -> Message:
     return Message("user", content)
 
@@ -102,7 +113,9 @@ def read_text(value: Any, name: str) -> str:
     Raises:
         RowError: neither, or text that no encoding of Unicode has.
     """
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if isinstance(value, Number):
+        value = value.text
+    elif isinstance(value, int | float) and not isinstance(value, bool):
         value = json.dumps(value)
     if not isinstance(value, str):
         raise RowError(NOT_TEXT, f"{name} is {quote(value)}")

@@ -28,6 +28,7 @@ from datasets.table import MemoryMappedTable
 
 from llm.data.errors import DataError, one_line
 from llm.data.files import COMPRESSED, KINDS, kind_of, read_file, rows_as_json
+from llm.data.messages import Number
 
 COLUMN, NUMBER = "json", "number"
 """The columns of raw rows: the row, and where it stands in its source."""
@@ -57,7 +58,7 @@ class Source:
 
 def raw_rows(batch: Mapping[str, Sequence[str]]) -> list[Any]:
     """The rows of a slice of what `load_rows` gives, as Python objects."""
-    return [json.loads(text) for text in batch[COLUMN]]
+    return [json.loads(text, parse_float=Number) for text in batch[COLUMN]]
 
 
 def parse_source(text: str) -> Source:
