@@ -47,7 +47,7 @@ def table(document: dict[str, Any]) -> str:
     if document.get("data"):
         parts += [
             "## From a file to rows to train on",
-            _markdown(
+            markdown_table(
                 ("objective", "contender", "rows", "seconds", "CPU seconds", "peak MiB"),
                 map(_data_cells, document["data"]),
             ),
