@@ -86,8 +86,9 @@ REFUSED = {
 --sft_dataset rows.jsonl                    | --sft_dataset: this needs a model of your own
 --dtype bfloat16                            | --dtype: this needs a model of your own
 --held-out 0.1                              | --held_out: this needs a model of your own
---label_smoothing_factor 0.1                | --label_smoothing_factor is not supported
---auto_find_batch_size true                 | --auto_find_batch_size is not supported
+--label_smoothing_factor 0.1                | does not obey --label_smoothing_factor: drop it
+--do_train false                            | does not obey --do_train (nothing here reads them)
+--dataloader-drop-last true                 | does not obey --dataloader_drop_last (the loader is
 --save_strategy best                        | --metric_for_best_model
 --load_best_model_at_end true --save_strategy steps --save_steps 100 | --metric_for_best_model
 {named} --conflict 0.5                      | --conflict belongs to the embedded corpus

@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 
 from llm.data.chat import NAMES
 from llm.data.formats import MEANINGS, parse_columns
+from llm.flags.obeyed import check_obeyed, set_aside
 from llm.loss.packing import CPU_TOKENS
 from llm.train.clipping import CLIPPING
 from llm.train.values import DEFAULT_ROWS, SOURCES
@@ -296,7 +297,9 @@ class JointArguments(TrainingArguments):
     def __post_init__(self) -> None:
         self.output_dir = self.output_dir or f"runs/{self.algo.replace(':', '.')}"
         self.schedule = _mapping(self.schedule)
+        given = set_aside(self)
         super().__post_init__()
+        check_obeyed(self, given)
 
     def batch_size(self, task: Task) -> int:
         own = getattr(self, f"{task.label}_per_device_train_batch_size")

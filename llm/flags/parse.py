@@ -19,6 +19,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from llm.flags.arguments import DataArguments, JointArguments, ModelArguments, RunConfig
 from llm.flags.checks import check_batch_flags, check_data_flags, check_model_flags
+from llm.flags.obeyed import refuse, unobeyed
 from llm.flags.schedule import check_schedule_flags, given_options, schedule_arguments
 from llm.loss.losses import check_preference_options
 from llm.train.values import check_value_options
@@ -27,8 +28,6 @@ from theory.tasks import Task
 
 TINY_RECIPE = Path(__file__).parents[1] / "recipes" / "tiny.yaml"
 PROG = "python -m llm.run"
-UNSUPPORTED_FLAGS = ("label_smoothing_factor", "auto_find_batch_size")
-"""Flags of TrainingArguments that this trainer would not obey."""
 
 
 def parse(argv: Sequence[str], algorithms: Sequence[str] = ()) -> RunConfig:
@@ -130,9 +129,7 @@ def _check(config: RunConfig, explicit: set[str]) -> None:
     if training.kl_rows < 0:
         raise UserError(f"--kl_rows is {training.kl_rows}; it must not be negative")
     _check_launch(training)
-    for name in UNSUPPORTED_FLAGS:
-        if getattr(training, name):
-            raise UserError(f"--{name} is not supported by this trainer")
+    refuse(explicit & unobeyed(JointArguments).keys())
     if training.load_best_model_at_end or training.save_strategy == SaveStrategy.BEST:
         _check_best_metric(training)
     check_batch_flags(config, explicit)
