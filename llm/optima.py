@@ -292,7 +292,7 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, RunConfig]:
     options, rest = own.parse_known_args(argv)
     if unused := sorted(named_flags(rest) & NOT_USED):
         own.error(f"{', '.join(f'--{name}' for name in unused)} says nothing about the optima")
-    config = parse(rest)
+    config = parse(rest, others=own._option_string_actions)
     if config.output_dir == f"runs/{config.training.algo}":  # nothing has named another
         config = replace(config, training=replace(config.training, output_dir=OUTPUT_DIR))
     return options, config

@@ -24,6 +24,7 @@ import torch
 from transformers import TrainingArguments
 
 from llm.flags.arguments import JointArguments, RunConfig
+from llm.flags.machine import check_machine
 from llm.flags.parse import PROG, parse
 from llm.flags.schedule import lam_of, scheduler_of
 from llm.optima import Optimum, find_optimum
@@ -47,6 +48,7 @@ CARD_TITLES = {"f_mix": "f_Mix", "ideal_distance": "ideal distance"}
 def main(argv: Sequence[str] | None = None) -> None:
     config = parse(sys.argv[1:] if argv is None else argv)
     output_dir = Path(config.output_dir)
+    check_machine(config)
     claim(output_dir, config.training, _record(config))
     started = time.perf_counter()
     say = _speaker(config)
@@ -237,8 +239,6 @@ def claim(output_dir: Path, training: JointArguments, mine: dict[str, Any]) -> N
     """Take the output directory for the run that `mine` records.
 
     Raises UserError rather than overwrite the results of another run."""
-    if output_dir.exists() and not output_dir.is_dir():
-        raise UserError(f"--output_dir {output_dir} exists and is not a directory")
     record, done = output_dir / CONFIG_FILE, output_dir / SUMMARY_FILE
     if done.exists() and not training.overwrite_output_dir:
         theirs = read_json(record) if record.exists() else {}

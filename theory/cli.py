@@ -6,7 +6,8 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -29,7 +30,7 @@ class _Help(argparse.HelpFormatter):
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """One line for an error, defaults in the help, and no abbreviated flags."""
+    """One line for an error, defaults in the help, no abbreviated flags; typos are guessed at."""
 
     def __init__(self, **options: Any) -> None:
         defaults: dict[str, Any] = {"formatter_class": _Help, "allow_abbrev": False}
@@ -37,6 +38,26 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, unknown = self.parse_known_args(args, namespace)
+        self.refuse_unknown(unknown)
+        return found
+
+    def refuse_unknown(self, tokens: Iterable[str], others: Iterable[str] = ()) -> None:
+        """End with one line if there are `tokens`; `others` are flags of another parser."""
+        tokens = list(tokens)
+        if tokens:
+            known = {*self._option_string_actions, *others}
+            self.error(f"unrecognized arguments: {' '.join(tokens)}{did_you_mean(tokens, known)}")
+
+
+def did_you_mean(names: Iterable[str], known: Iterable[str]) -> str:
+    """What to add to a message about unknown names: the known ones that they look like."""
+    known = sorted(known)
+    names = [name.split("=")[0] for name in names]
+    close = [match for n in names for match in get_close_matches(n, known, n=1, cutoff=0.75)]
+    return f"; did you mean {', '.join(dict.fromkeys(close))}?" if close else ""
 
 
 def run_command(main: Callable[[], None], prog: str) -> NoReturn:
@@ -80,13 +101,13 @@ def unit_float(text: str) -> float:
     return value
 
 
-def check_output_dir(path: Path) -> None:
+def check_output_dir(path: Path, flag: str = "--out") -> None:
     """Fail before the work starts if `path` cannot become a directory to write into."""
     if path.exists() and not path.is_dir():
-        raise UserError(f"--out {path} exists and is not a directory")
+        raise UserError(f"{flag} {path} exists and is not a directory")
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--out {path} cannot be created: {error.strerror}") from error
+        raise UserError(f"{flag} {path} cannot be created: {error.strerror}") from error
     if not os.access(path, os.W_OK):
-        raise UserError(f"--out {path} is not a directory that you may write into")
+        raise UserError(f"{flag} {path} is not a directory that you may write into")

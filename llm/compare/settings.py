@@ -104,9 +104,10 @@ class CompareConfig:
 
 def parse(argv: Sequence[str]) -> CompareConfig:
     """Read our own flags; the rest is for llm.run, which checks it."""
-    own, rest = _parser().parse_known_args(argv)
+    parser = _parser()
+    own, rest = parser.parse_known_args(argv)
     run_argv = _run_argv(own, rest)
-    run = parse_run(run_argv, own.algos)
+    run = parse_run(run_argv, own.algos, parser._option_string_actions)
     _check_run(run)
     rates = own.learning_rates or [run.training.learning_rate * f for f in RATE_FACTORS]
     return CompareConfig(

@@ -297,6 +297,8 @@ class JointArguments(TrainingArguments):
     def __post_init__(self) -> None:
         self.output_dir = self.output_dir or f"runs/{self.algo.replace(':', '.')}"
         self.schedule = _mapping(self.schedule)
+        if self.eval_steps == 0:  # transformers would take logging_steps
+            raise UserError("--eval_steps is 0; it must be a positive number of steps")
         given = set_aside(self)
         super().__post_init__()
         check_obeyed(self, given)
