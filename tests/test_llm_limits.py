@@ -95,6 +95,13 @@ def test_naming_a_number_of_steps_means_steps(kind: str, tmp_path: Path) -> None
     assert getattr(training, f"{kind}_strategy") == "no"
 
 
+def test_the_command_line_may_take_away_what_a_setting_of_a_file_is_for(tmp_path: Path) -> None:
+    own = write_yaml(tmp_path / "own.yaml", {"num_train_epochs": 3, "run_name": "mine"})
+    argv = [*CPU, "--config", own, "--max_steps", "9", "--report_to", "none"]
+    assert parse(argv).training.max_steps == 9
+    assert "--run_name is not used" in refusal(parse, argv[:-2])
+
+
 @pytest.mark.parametrize(
     ("text", "named"),
     [

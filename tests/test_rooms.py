@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("theory", "llm")
 LAYERS = (
     ("theory",),
-    ("llm.data", "llm.loss"),
+    ("llm.name", "llm.data", "llm.loss"),
     ("llm.train",),
     ("llm.model", "llm.flags"),
     ("llm.setup", "llm.single_runs", "llm.processes"),

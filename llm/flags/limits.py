@@ -80,10 +80,14 @@ def _unused(training: JointArguments) -> Iterator[tuple[str, tuple[str, ...]]]:
         yield "--report_to none", ("run_name", "project")
 
 
-def check_together(training: JointArguments, explicit: set[str]) -> None:
+def check_together(training: JointArguments, named: set[str], beneath: set[str]) -> None:
+    """Refuse what the command line (`named`) or the file beneath it gives for nothing. The command
+    line may take away what a setting of the file is for."""
     for reason, names in _unused(training):
+        flag = reason.removeprefix("this ").split()[0][2:]
+        given = named if flag in named else named | beneath
         for name in names:
-            if name in explicit:
+            if name in given:
                 raise UserError(f"--{name} is not used with {reason}")
 
 

@@ -63,6 +63,7 @@ def parse(
     explicit = argv if recipe == TINY_RECIPE else [*defaults, *argv]
     check_schedule_flags(algorithms, training, named_flags(explicit))
     check_intervals(training, named_flags(argv), named_flags(defaults))
+    check_together(training, named_flags(argv), named_flags(defaults))
     _check(config, explicit=named_flags(explicit))
     return config
 
@@ -169,7 +170,6 @@ def _check(config: RunConfig, explicit: set[str]) -> None:
     if "clipping" in explicit and not training.max_grad_norm:
         raise UserError("--clipping is not used with --max_grad_norm 0")
     check_limits(config)
-    check_together(training, explicit)
     check_value_options(training.value_source, training.value_rows)
     if training.kl_rows < 0:
         raise UserError(f"--kl_rows is {training.kl_rows}; it must not be negative")
