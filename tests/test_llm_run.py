@@ -114,7 +114,7 @@ def test_every_algorithm_runs_and_leaves_a_model(
     assert [line["step"] for line in lines if "loss" in line] == [2, 4, 6, 8]
 
     printed = capsys.readouterr().out
-    assert summary["scheduler"] in printed
+    assert summary["schedule"]["description"] in printed
     assert f"{after['sft_loss']:.4f}" in printed
     assert f"{after['dpo_loss']:.4f}" in printed
 
