@@ -12,7 +12,7 @@ from _text import assistant, make_tokenizer, user
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm.data import chat, templates
+from llm.data import chat, templates, tokens
 from llm.data.encode import Encoded, encode
 from llm.data.errors import DataError
 from llm.data.formats import PREFERENCE_ROWS, SFT_ROWS
@@ -144,6 +144,9 @@ def test_the_prompt_of_an_answer_is_the_one_at_inference() -> None:
     ]
     assert result.report.kept == 1
     assert result.report.notes == {templates.SEVERAL_TEXTS: 2}
+    row = {"messages": [*messages, assistant("AA")]}
+    report = encoded([row], tokenizer, max_length=30, truncation_mode="keep_start").report
+    assert (report.kept, report.notes[tokens.PART_LOST]) == (1, 1)
     pair = {"prompt": messages[:2], "chosen": [assistant("A")], "rejected": [assistant("AA")]}
     (row,) = encoded([pair], tokenizer, PREFERENCE_ROWS).rows
     assert tokenizer.decode(row["prompt_ids"]) == "<user>S U</s>"

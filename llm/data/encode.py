@@ -12,15 +12,11 @@ its turn); every row is kept or dropped for a counted reason.
 from __future__ import annotations
 
 import datetime
-import gc
-import hashlib
 import os
-import sys
-from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -28,13 +24,14 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-from llm.data.errors import DataError, RowError, quote
-from llm.data.formats import PREFERENCE_ROWS, SFT_ROWS, Options, RowKind, read_row
-from llm.data.report import NO_END, OTHER_END, DropReport, told
-from llm.data.rows import TokenRows
-from llm.data.sources import COLUMN, NUMBER, raw_rows
-from llm.data.templates import NO_TURNS_IN_PAIRS, Template, shows_date
-from llm.data.tokens import TRUNCATION_MODES, Item, Pieces, Tokens
+from llm.data.errors import DataError
+from llm.data.formats import PREFERENCE_ROWS, SFT_ROWS, Options, RowKind
+from llm.data.lines import LineEncoder
+from llm.data.report import DropReport, told
+from llm.data.rows import TokenRows, digest_of, fingerprint_rows
+from llm.data.sources import COLUMN, NUMBER
+from llm.data.templates import Template, shows_date
+from llm.data.tokens import PART_LOST, TRUNCATION_MODES, Tokens
 from theory.records import digest, digest_of_code
 
 if TYPE_CHECKING:
@@ -44,18 +41,6 @@ Rows: TypeAlias = datasets.Dataset | Sequence[Mapping[str, Any]]
 _BATCH = 500
 _IN_ONE_PROCESS = 20_000
 """Rows up to which starting further processes takes longer than it saves."""
-_SCHEMA = {
-    **{
-        "row": pa.int64(),
-        "number": pa.int64(),
-        "digest": pa.int64(),
-        "turns": pa.int32(),
-        "end": pa.int64(),
-    },
-    **{"reason": pa.string(), "detail": pa.string(), "notes": pa.string(), "unused": pa.string()},
-    **{"truncated": pa.bool_(), "cut": pa.bool_(), "prompt_ids": pa.list_(pa.int32())},
-}
-"""Columns of encoded rows beside those of the responses; lists of texts are lines of one text."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +63,7 @@ class Encoded:
         """A number for each row that depends on its token ids alone."""
         if isinstance(self.rows, TokenRows) and self.table is not None:
             return self.table.column("digest").to_numpy()[self.rows.lines]
-        return np.array([_digest_of(row) for row in self.rows], np.int64)
+        return np.array([digest_of(row) for row in self.rows], np.int64)
 
 
 def encode_sft(rows: Rows, tokenizer: PreTrainedTokenizerBase, **options: Any) -> Encoded:
@@ -148,7 +133,7 @@ def encode(
     )
     template = Template(tokenizer, date or datetime.date.today())
     tokens = Tokens(tokenizer, max_length, truncation_mode)
-    encoder = _Encoder(kind, options, template, tokens)
+    encoder = LineEncoder(kind, options, template, tokens)
     if not isinstance(rows, datasets.Dataset):
         table = pa.Table.from_pydict(encoder.encode(rows, *[range(len(rows))] * 2), encoder.schema)
         return _encoded(table, len(rows), name)
@@ -188,18 +173,6 @@ def _processes(rows: int, workers: int | None) -> int | None:
 
 
 @contextmanager
-def _no_garbage() -> Iterator[None]:
-    """Rows leave no cycles, and looking for some among many objects takes long."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
-
-
-@contextmanager
 def _quiet(quiet: bool) -> Iterator[None]:
     """No bars for what is done at once."""
     quiet = quiet and datasets.is_progress_bar_enabled()
@@ -212,7 +185,7 @@ def _quiet(quiet: bool) -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _fingerprint(rows: datasets.Dataset, encoder: _Encoder) -> str:
+def _fingerprint(rows: datasets.Dataset, encoder: LineEncoder) -> str:
     """Of everything that the encoded rows depend on: a cached table of another kind is not used."""
     tokenizer, tokens = encoder.tokens.tokenizer, encoder.tokens
     if tokenizer.is_fast:
@@ -226,140 +199,6 @@ def _fingerprint(rows: datasets.Dataset, encoder: _Encoder) -> str:
     return digest([rows._fingerprint, *map(str, parts)])[:32]
 
 
-@dataclass
-class _Encoder:
-    """Batches of raw rows to lines of the encoded table: one for each row, several for a
-    conversation in several sequences."""
-
-    kind: RowKind
-    options: Options
-    template: Template
-    tokens: Tokens
-
-    def __post_init__(self) -> None:
-        self.schema = pa.schema(_SCHEMA)
-        for name in self.kind.responses:
-            self.schema = self.schema.append(pa.field(f"{name}_ids", pa.list_(pa.int32())))
-            self.schema = self.schema.append(pa.field(f"{name}_mask", pa.list_(pa.int8())))
-        self._blank: dict[int, bool] = {}
-        self._specials: set[int] = {*self.tokens.tokenizer.all_special_ids}
-        self._specials |= set(getattr(self.tokens.tokenizer, "added_tokens_decoder", {}))
-
-    def __call__(self, batch: Mapping[str, list[Any]], indices: list[int]) -> pa.Table:
-        with _no_garbage():
-            columns = self.encode(raw_rows(batch), indices, batch[NUMBER])
-            return pa.Table.from_pydict(columns, self.schema)
-
-    def encode(
-        self, rows: Sequence[Mapping[str, Any]], indices: Sequence[int], numbers: Sequence[int]
-    ) -> dict[str, Any]:
-        """Columns of the lines of these rows, in their order; `numbers` count in the source."""
-        read = [self._read(*each) for each in zip(indices, numbers, rows, strict=True)]
-        items = [item for each in read for item in each.items]
-        pieces = iter(self.tokens.encode(items))
-        lines = [self._line(each, item, next(pieces)) for each in read for item in each.items] + [
-            self._dropped(each, each.error) for each in read if each.error
-        ]
-        lines.sort(key=lambda line: line["row"])
-        return {name: [line[name] for line in lines] for name in self.schema.names}
-
-    def _read(self, index: int, number: int, row: Mapping[str, Any]) -> _Read:
-        read = _Read(index, number)
-        try:
-            reading = read_row(row, self.kind, self.options)
-            read.unused = reading.unused
-            if reading.chat is None:
-                read.items = [Item(reading.texts, False, reading.is_document, reading.notes)]
-            else:
-                texts = self.template.texts(reading.chat)
-                notes = (*reading.notes, *self.template.notes(reading.chat, texts[0]))
-                if len(texts) > 1 and any(len(each) > 1 for each in texts):
-                    raise RowError(NO_TURNS_IN_PAIRS, quote(texts[0][-1].text))
-                read.items = [Item(each, True, notes=notes) for each in zip(*texts, strict=True)]
-        except RowError as error:
-            read.error = error
-            read.unused = read.unused or ()
-        return read
-
-    def _line(self, read: _Read, item: Item, pieces: Pieces | RowError) -> dict[str, Any]:
-        if isinstance(pieces, RowError):
-            return self._dropped(read, pieces)
-        end, notes = self._end(item, pieces)
-        lists: dict[str, Any] = {"prompt_ids": pieces.prompt}
-        for name, ids, mask in zip(
-            self.kind.responses, pieces.responses, pieces.masks, strict=True
-        ):
-            lists |= {f"{name}_ids": ids} | ({f"{name}_mask": mask} if mask else {})
-        empty: dict[str, Any] = {f"{name}_mask": [] for name in self.kind.responses}
-        return (
-            empty
-            | lists
-            | {
-                "row": read.index,
-                "number": read.number,
-                "digest": _digest_of(lists),
-                "turns": len(item.texts[0].spans),
-                "end": end,
-                "reason": None,
-                "detail": None,
-                "notes": "\n".join((*item.notes, *pieces.notes, *notes)),
-                "unused": "\n".join(read.unused),
-                "truncated": pieces.is_truncated,
-                "cut": pieces.is_cut,
-            }
-        )
-
-    def _dropped(self, read: _Read, error: RowError) -> dict[str, Any]:
-        line: dict[str, Any] = {name: [] for name in self.schema.names if name.endswith("_ids")}
-        line |= {name: [] for name in self.schema.names if name.endswith("_mask")}
-        return line | {
-            **{
-                "row": read.index,
-                "number": read.number,
-                "digest": 0,
-                "turns": 0,
-                "end": -1,
-                "notes": "",
-            },
-            **{"truncated": False, "cut": False, "unused": "\n".join(read.unused)},
-            **{"reason": error.reason, "detail": error.detail},
-        }
-
-    def _end(self, item: Item, pieces: Pieces) -> tuple[int, tuple[str, ...]]:
-        """(the token other than EOS that the answers of a chat end in, or -1; notes)."""
-        if not item.is_chat or pieces.is_cut:
-            return -1, ()
-        ends = {self._last_mark(ids) for ids in pieces.responses}
-        if ends == {self.tokens.tokenizer.eos_token_id}:
-            return -1, ()
-        if None in ends:
-            return -1, (NO_END,)
-        others = [end for end in ends if end not in (None, self.tokens.tokenizer.eos_token_id)]
-        return int(str(others[0])), (OTHER_END,)
-
-    def _last_mark(self, ids: Sequence[int]) -> int | None:
-        """The special token at the end, behind which there is white space at most."""
-        for token in reversed(ids):
-            if token in self._specials:
-                return token
-            if token not in self._blank:
-                self._blank[token] = not self.tokens.tokenizer.decode([token]).strip()
-            if not self._blank[token]:
-                return None
-        return None
-
-
-@dataclass
-class _Read:
-    """One raw row: the items that it becomes, or why it becomes none."""
-
-    index: int
-    number: int
-    items: list[Item] = field(default_factory=list)
-    error: RowError | None = None
-    unused: tuple[str, ...] = ()
-
-
 # -------------------------------------------------------------------------------- what came of it
 
 
@@ -371,11 +210,14 @@ def _encoded(table: pa.Table, total: int, name: str) -> Encoded:
     dropped, examples = _reasons(table.filter(pa.array(lost)))
     ends = np.unique(numbers["end"][numbers["end"] >= 0])
     counts = {key: _rows_with(table, numbers["row"], key) for key in ("truncated", "cut")}
+    notes = _lines_of(table, "notes")
+    if parts := int((~kept & ~lost).sum()):
+        notes[PART_LOST] = parts
     report = DropReport(
         total,
         len(rows_kept),
         dropped=dropped,
-        notes=_lines_of(table, "notes"),
+        notes=notes,
         turns=int(numbers["turns"].sum()),
         examples=examples,
         unused=tuple(_lines_of(table, "unused")),
@@ -449,29 +291,5 @@ def _entries(table: pa.Table) -> Iterator[dict[str, Any]]:
 
 
 def fingerprint(encoded: Encoded) -> str:
-    """sha256 (hex) over the token ids in order: equal data, equal digest, on every platform."""
+    """`fingerprint_rows` of a data set."""
     return fingerprint_rows(encoded.rows)
-
-
-def fingerprint_rows(rows: Sequence[Mapping[str, Any]]) -> str:
-    """`fingerprint` of encoded rows."""
-    digest = hashlib.sha256()
-    for row in rows:
-        _add_row(digest, row)
-    return digest.hexdigest()
-
-
-def _digest_of(row: Mapping[str, Any]) -> int:
-    digest = hashlib.sha256()
-    _add_row(digest, row)
-    return int.from_bytes(digest.digest()[:8], "little", signed=True)
-
-
-def _add_row(digest: hashlib._Hash, row: Mapping[str, Any]) -> None:
-    for key in sorted(key for key in row if key.endswith(("_ids", "_mask"))):
-        # The length separates neighbours; fixed width and byte order fix the platform.
-        digest.update(f"{key}:{len(row[key])};".encode())
-        ids = array("i", row[key])
-        if sys.byteorder == "big":
-            ids.byteswap()
-        digest.update(ids.tobytes())

@@ -32,6 +32,7 @@ MENDS = {
     templates.NO_ANSWER_SHOWN: "give another --chat_template",
     templates.NO_TURNS_IN_PAIRS: "keep one answer in each response",
     tokens.NO_RESPONSE_LEFT: "raise --max_length or choose --truncation_mode keep_end",
+    tokens.PART_LOST: "raise --max_length",
     tokens.EQUAL_RESPONSES: "a pair that prefers nothing teaches nothing",
     tokens.EQUAL_AFTER_TRUNCATION: "raise --max_length",
     templates.TOOLS_TOLD: "tell the model of tools in this way at inference too",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import sys
 from array import array
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
@@ -82,3 +84,28 @@ class _Lists:
         offsets, values = self._chunks[chunk]
         start, end = offsets[line - self._starts[chunk] :][:2]
         return array("i", values[start:end].astype("<i4", copy=False).tobytes())
+
+
+def fingerprint_rows(rows: Sequence[Mapping[str, Any]]) -> str:
+    """sha256 (hex) over the token ids in order: equal rows, equal digest, on every platform."""
+    digest = hashlib.sha256()
+    for row in rows:
+        _add_row(digest, row)
+    return digest.hexdigest()
+
+
+def digest_of(row: Mapping[str, Any]) -> int:
+    """A number that depends on the token ids of a row alone."""
+    digest = hashlib.sha256()
+    _add_row(digest, row)
+    return int.from_bytes(digest.digest()[:8], "little", signed=True)
+
+
+def _add_row(digest: hashlib._Hash, row: Mapping[str, Any]) -> None:
+    for key in sorted(key for key in row if key.endswith(("_ids", "_mask"))):
+        # The length separates neighbours; fixed width and byte order fix the platform.
+        digest.update(f"{key}:{len(row[key])};".encode())
+        ids = array("i", row[key])
+        if sys.byteorder == "big":
+            ids.byteswap()
+        digest.update(ids.tobytes())

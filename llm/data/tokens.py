@@ -15,6 +15,7 @@ from llm.data.messages import Rendered
 from llm.data.pairs import common_prefix
 
 NO_RESPONSE_LEFT = "no response token left by truncation"
+PART_LOST = "answer of a kept row lost to truncation"
 EQUAL_RESPONSES = "chosen equals rejected"
 EQUAL_AFTER_TRUNCATION = "chosen equals rejected once truncated"
 TOKENS_MERGE = "tokens merge across the end of the prompt"
