@@ -256,6 +256,12 @@ def test_an_answer_that_does_not_end_in_eos_is_counted() -> None:
     assert result.report.notes == {OTHER_END: 1}
     assert result.ends == (tokenizer.convert_tokens_to_ids("<|im_end|>"),)
     tokenizer.chat_template = template_of("own", "same", "\n", "")
-    result = encoded([row], tokenizer)
-    assert (result.report.notes, result.ends) == ({NO_END: 1}, ())
+    (line_feed,) = tokenizer("\n", add_special_tokens=False)["input_ids"]
+    two = {"messages": [*row["messages"], user("U"), assistant("A A")]}
+    result = encoded([row, two], tokenizer)
+    assert (result.report.notes, result.ends) == ({NO_END: 2}, (line_feed,))
     assert "eos_token" in result.report.line("x")
+    for text in ("A\nA", "A"):  # no end where answers hold it, or where there is none
+        tokenizer.chat_template = template_of("own", "same", "\n" * (text != "A"), "")
+        other = {"messages": [user("U"), assistant(text)]}
+        assert encoded([row, other], tokenizer).ends == ()

@@ -26,7 +26,7 @@ import pyarrow as pa
 
 from llm.data.errors import DataError
 from llm.data.formats import PREFERENCE_ROWS, SFT_ROWS, Options, RowKind
-from llm.data.lines import LineEncoder
+from llm.data.lines import NO_WHITE_END, LineEncoder, white_end
 from llm.data.report import DropReport, told
 from llm.data.rows import TokenRows, digest_of, fingerprint_rows
 from llm.data.sources import COLUMN, NUMBER
@@ -209,6 +209,9 @@ def _encoded(table: pa.Table, total: int, name: str) -> Encoded:
     lost = ~np.isin(numbers["row"], rows_kept)
     dropped, examples = _reasons(table.filter(pa.array(lost)))
     ends = np.unique(numbers["end"][numbers["end"] >= 0])
+    white = np.unique(numbers["end"][numbers["end"] <= NO_WHITE_END])
+    if len(white) == 1 and white[0] != NO_WHITE_END:
+        ends = np.append(ends, white_end(int(white[0])))
     counts = {key: _rows_with(table, numbers["row"], key) for key in ("truncated", "cut")}
     notes = _lines_of(table, "notes")
     if parts := int((~kept & ~lost).sum()):

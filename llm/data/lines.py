@@ -139,9 +139,28 @@ class LineEncoder:
         if ends == {self.tokens.tokenizer.eos_token_id}:
             return -1, ()
         if None in ends:
-            return -1, (NO_END,)
+            return self._white_end(pieces), (NO_END,)
         others = [end for end in ends if end not in (None, self.tokens.tokenizer.eos_token_id)]
         return int(str(others[0])), (OTHER_END,)
+
+    def _white_end(self, pieces: Pieces) -> int:
+        """`white_end(token)` if all answers end in the same white space that stands nowhere in
+        them, so that generation may stop there; else NO_WHITE_END."""
+        tokens = {ids[-1] for ids in pieces.responses}
+        token = min(tokens)
+        if len(tokens) > 1 or self.tokens.tokenizer.decode([token]).strip():
+            return NO_WHITE_END
+        for ids, mask in zip(pieces.responses, pieces.masks, strict=True):
+            goes_on = (
+                ids[:-1]
+                if mask is None
+                else [
+                    one for one, now, then in zip(ids, mask, mask[1:], strict=False) if now and then
+                ]
+            )
+            if token in goes_on:
+                return NO_WHITE_END
+        return white_end(token)
 
     def _last_mark(self, ids: Sequence[int]) -> int | None:
         """The special token at the end, behind which there is white space at most."""
@@ -164,6 +183,15 @@ class _Read:
     items: list[Item] = field(default_factory=list)
     error: RowError | None = None
     unused: tuple[str, ...] = ()
+
+
+NO_WHITE_END = -2
+
+
+def white_end(token: int) -> int:
+    """How the column `end` tells of white space that ends answers, apart from marks; its own
+    inverse."""
+    return NO_WHITE_END - 1 - token
 
 
 @contextmanager

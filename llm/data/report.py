@@ -37,7 +37,8 @@ MENDS = {
     tokens.EQUAL_AFTER_TRUNCATION: "raise --max_length",
     templates.TOOLS_TOLD: "tell the model of tools in this way at inference too",
     OTHER_END: "it is made a stop token of the saved model",
-    NO_END: "generation will run on: let the chat template write eos_token behind answers",
+    NO_END: "let the chat template write eos_token behind answers; generation stops at white "
+    "space that stands in no answer, or runs on",
 }
 """What to do about each reason for dropping or noting a row."""
 
