@@ -106,6 +106,7 @@ CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name
             ],
         ),
         ({"text": "all of it"}, ["", "all of it"]),
+        ({"text": "a review", "label": 0}, ["", "a review"]),
         ({"prompt": "p", "completion": "c", "label": True}, ["p", "c"]),
         ({"messages": [user("p"), {**assistant("c"), "tool_calls": None}]}, [[U], [A]]),
         ({"messages": [user("p"), CALL]}, [[U], [("*assistant", "")]]),
@@ -256,6 +257,7 @@ def test_an_implicit_prompt_loses_no_text(shared: str, one: str, two: str) -> No
         ({"prompt": "p", "completion": "c", "context": "k"}, SFT_ROWS, formats.UNCLEAR, "'k'"),
         ({"question": "p", "answer": "c", "response": "d"}, SFT_ROWS, formats.UNCLEAR, "answer"),
         ({"messages": CHAT, "history": [["q", "a"]]}, SFT_ROWS, formats.UNCLEAR, "history"),
+        ({"text": "why?", "role": "prompter"}, SFT_ROWS, formats.UNCLEAR, "'prompter'"),
         (
             {"messages": [system("t"), *CHAT], "system": "s"},
             SFT_ROWS,

@@ -62,6 +62,7 @@ EXTRAS = ("input", "context")
 SYSTEMS = ("system", "system_prompt", "system_message")
 HISTORIES = ("history",)
 TOOLS = ("tools", "functions")
+SPEAKERS = ("role", "from", "speaker")
 MEANINGS = (
     *("prompt", "completion", "chosen", "rejected", "messages", "text", "instruction"),
     *("input", "system", "history", "tools", "label"),
@@ -195,18 +196,18 @@ def read_row(row: Row, kind: RowKind, options: Options) -> Reading:
 
 
 def _read_sft(columns: _Columns, kind: RowKind, options: Options) -> Reading:
-    label = str(columns.values.get("label")).lower()
-    if label in _LABELS and not _LABELS[str(columns.take("label")).lower()]:
-        raise RowError(UNWANTED, f"label is {label}")
     conversation = columns.first(CONVERSATIONS)
     if conversation and not columns.values.keys() >= {"prompt", "completion"}:
+        _check_wanted(columns)
         return _conversation(columns, conversation, options)
     question, answer = _question(columns), columns.first(ANSWERS)
     if "instruction" in columns.values and "output" in columns.values:
         question, answer = "instruction", "output"
     if question and answer and question != answer:
+        _check_wanted(columns)
         return _asked(columns, question, (answer,), options)
     if "text" in columns.values:
+        _check_no_speaker(columns)
         text = read_text(columns.take("text"), "text")
         if not text.strip():
             raise RowError(EMPTY_RESPONSE, "text has none")
@@ -215,6 +216,23 @@ def _read_sft(columns: _Columns, kind: RowKind, options: Options) -> Reading:
 
 
 _LABELS = {"true": True, "false": False, "1": True, "0": False}
+
+
+def _check_wanted(columns: _Columns) -> None:
+    """KTO's label is about an answer; beside a text it classifies, and is not read."""
+    label = str(columns.values.get("label")).lower()
+    if label in _LABELS and not _LABELS[str(columns.take("label")).lower()]:
+        raise RowError(UNWANTED, f"label is {label}")
+
+
+def _check_no_speaker(columns: _Columns) -> None:
+    """A text that somebody says is one turn of a conversation, and may be the user's."""
+    speaker = columns.first(SPEAKERS)
+    if speaker and "text" not in columns.columns:
+        raise RowError(
+            UNCLEAR, f"{speaker} says who wrote text ({quote(columns.values[speaker])}): join the "
+            "turns of a conversation into messages"
+        )  # fmt: skip
 
 
 def _question(columns: _Columns) -> str | None:
