@@ -52,6 +52,8 @@ def source_digest(name: str) -> str:
     top = sys.modules[_top(name)]
     folders = [Path(folder) for folder in getattr(top, "__path__", ())]
     files = [path for folder in folders for path in sorted(folder.rglob("*.py"))]
+    if not files and getattr(top, "__file__", None) is None:  # a notebook's
+        return digest(cloudpickle.dumps(load_object(name)).hex())
     files = files or [Path(str(top.__file__))]
     return digest([path.read_text(encoding="utf-8") for path in files])
 
