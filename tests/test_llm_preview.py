@@ -72,6 +72,13 @@ def test_rows_of_which_none_is_left_are_listed_and_refused(
     assert last["summary"]["sft train"]["kept"] == 0
 
 
+def test_rows_that_their_owner_leaves_out_are_no_loss(shown: Preview, tmp_path: Path) -> None:
+    rows = [{"prompt": "p", "completion": "c", "label": i > 5} for i in range(12)]
+    listed = shown(write_jsonl(tmp_path / "rows.jsonl", rows))[:-1]
+    assert [row["dropped"] is None for row in listed] == [i > 5 for i in range(12)]
+    assert listed[0]["part"] == "held-out"  # of which nothing is left: a preview goes on
+
+
 def test_flags_say_what_columns_mean_and_what_to_train_on(shown: Preview, tmp_path: Path) -> None:
     rows = [{"ask": "p", "reply": "c", "system": "s"}] * 4
     source = write_jsonl(tmp_path / "rows.jsonl", rows)
