@@ -243,7 +243,9 @@ def wrong_optimum_bias(lam: float, errors: tuple[float, float], rho: float | Non
 # --- T7: blocks in turn
 
 
-def cycle_average(d: Descent, cycle: int, starts_only: bool = True) -> float:
+def cycle_average(
+    d: Descent, cycle: int, starts_only: bool = True, *, lam: float | None = None
+) -> float:
     """T7: cycles of n steps, lam n of them DPO; `d` from "alternate", constant alpha, T = m n.
 
     Guarantee: the average of the cycles' starts theta_1, theta_{n+1}, ... has
@@ -255,12 +257,16 @@ def cycle_average(d: Descent, cycle: int, starts_only: bool = True) -> float:
     |next start - theta*|^2 <= |x - theta*|^2 - 2 alpha n G_Mix(x) + alpha^2 (sum_j M_{i_j})^2 in
     mean, where sum_j M_{i_j} = n M_X. Any order inside the cycle will do; so the iterates at
     offset j are starts of the rotated cycles, at most alpha n M_X farther from theta*.
-    lam n must be an integer: else the algorithm serves the rounded lam.
+    lam n must be an integer (checked if `lam` is given). Else `Alternate` carries on what rounding
+    leaves over, and its shares are whole after m n steps, with the least m that makes lam m n an
+    integer: those are the cycles of the theorem, in some order inside.
     Source: Nedic and Bertsekas 2001, lemma 2.1, for exact gradients.
     """
     alpha = d.constant_alpha
     if cycle < 1 or d.num_steps % cycle:
         raise ValueError(f"cycle is {cycle}; it must divide the {d.num_steps} steps")
+    if lam is not None and abs(lam * cycle - round(lam * cycle)) > 1e-9 * cycle:
+        raise ValueError(f"lam times cycle is {lam * cycle:g}; T7 needs whole DPO steps")
     path = alpha * cycle * d.norm
     start = d.distance if starts_only else d.distance + path
     once = replace(d, distance=start, norm=np.sqrt(cycle) * d.norm)
