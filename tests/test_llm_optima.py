@@ -163,7 +163,7 @@ CHANGES_THE_DATA = [
 CHANGES_THE_RUN = [
     *("--beta 0.2", "--loss_type ipo", "--label_smoothing 0.1", "--learning_rate 0.01"),
     *("--weight_decay 0.5", "--warmup_steps 4", "--max_grad_norm 0.1", "--max_steps 6"),
-    *("--lr_scheduler_type constant", "--sft_per_device_train_batch_size 4", "--eval_steps 2"),
+    *("--lr_scheduler_type cosine", "--sft_per_device_train_batch_size 4", "--eval_steps 2"),
     *("--gradient_accumulation_steps 2", "--data_seed 3"),
 ]
 CHANGES_NOTHING = [

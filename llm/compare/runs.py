@@ -101,6 +101,7 @@ def configure(config: RunConfig, run: Run, folder: Path) -> RunConfig:
         max_steps=run.steps,
         learning_rate=run.learning_rate,
         eval_strategy=config.training.eval_strategy if run.path else "no",
+        do_eval=False,  # transformers derives it from the strategy
         output_dir=str(folder),
         save_strategy="no",
         load_best_model_at_end=False,
