@@ -16,6 +16,12 @@ class UserError(ValueError):
     """A mistake of the user; its message is one line that says what would be right."""
 
 
+def usable_cores() -> int:
+    """Cores that this process may use: those it is bound to, where the system tells."""
+    bound = hasattr(os, "sched_getaffinity")
+    return len(os.sched_getaffinity(0)) if bound else os.cpu_count() or 1
+
+
 class _Help(argparse.HelpFormatter):
     """Shows the default of a flag that has one, unless its text does; lists as they are typed."""
 

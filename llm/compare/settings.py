@@ -15,7 +15,14 @@ import torch
 from llm.flags.arguments import RunConfig
 from llm.flags.parse import named_flags
 from llm.flags.parse import parse as parse_run
-from theory.cli import OneLineParser, UserError, positive_float, positive_int, unit_float
+from theory.cli import (
+    OneLineParser,
+    UserError,
+    positive_float,
+    positive_int,
+    unit_float,
+    usable_cores,
+)
 from theory.compared import algorithm_name
 from theory.registry import flags_of, resolve
 from theory.schedulers import ORDERS
@@ -137,8 +144,7 @@ def devices(run: RunConfig) -> list[str]:
 
 
 def default_jobs(run: RunConfig) -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return len(devices(run)) or min(cores or 1, MOST_DEFAULT_JOBS)
+    return len(devices(run)) or min(usable_cores(), MOST_DEFAULT_JOBS)
 
 
 def _parser() -> OneLineParser:

@@ -12,7 +12,6 @@ its turn); every row is kept or dropped for a counted reason.
 from __future__ import annotations
 
 import datetime
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,6 +31,7 @@ from llm.data.rows import TokenRows, digest_of, fingerprint_rows
 from llm.data.sources import COLUMN, NUMBER
 from llm.data.templates import Template, shows_date
 from llm.data.tokens import PART_LOST, TRUNCATION_MODES, Tokens
+from theory.cli import usable_cores
 from theory.records import digest, digest_of_code
 
 if TYPE_CHECKING:
@@ -167,8 +167,7 @@ def check_rows(encoded: Encoded) -> Encoded:
 
 
 def _processes(rows: int, workers: int | None) -> int | None:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    chosen = workers or (cores or 1 if rows >= _IN_ONE_PROCESS else 1)
+    chosen = workers or (usable_cores() if rows >= _IN_ONE_PROCESS else 1)
     return min(chosen, rows) if chosen > 1 else None
 
 

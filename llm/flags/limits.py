@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from llm.flags.arguments import JointArguments, RunConfig
+from llm.train.free import plain
 from theory.cli import UserError
 
 Numbers = Callable[[float], bool]
@@ -42,14 +42,10 @@ def check_limits(config: RunConfig) -> None:
             raise UserError(f"--{name} is {value}; {words}")
 
 
-def _text(value: Any) -> str:
-    return str(getattr(value, "value", value))
-
-
 def _unused(training: JointArguments) -> Iterator[tuple[str, tuple[str, ...]]]:
     """(the setting that makes others meaningless, those others)."""
-    optim, decay = _text(training.optim), _text(training.lr_scheduler_type)
-    best = training.load_best_model_at_end or _text(training.save_strategy) == "best"
+    optim, decay = plain(training.optim), plain(training.lr_scheduler_type)
+    best = training.load_best_model_at_end or plain(training.save_strategy) == "best"
     if training.max_steps > 0:
         yield f"--max_steps {training.max_steps}", ("num_train_epochs",)
     if decay == "constant":
@@ -60,12 +56,12 @@ def _unused(training: JointArguments) -> Iterator[tuple[str, tuple[str, ...]]]:
         yield f"--optim {optim}", ("optim_args",)
     if not optim.startswith(("galore", "apollo")):
         yield f"--optim {optim}", ("optim_target_modules",)
-    if _text(training.eval_strategy) == "no":
+    if plain(training.eval_strategy) == "no":
         yield "--eval_strategy no", ("eval_delay",)
     if not (best or decay in ("reduce_lr_on_plateau", "greedy")):
         reading = "--load_best_model_at_end false"
         yield reading, ("metric_for_best_model", "greater_is_better")
-    if _text(training.save_strategy) == "no":
+    if plain(training.save_strategy) == "no":
         yield "--save_strategy no", ("save_total_limit", "save_only_model")
     if not training.gradient_checkpointing:
         kinds = ("gradient", "activation")
@@ -97,6 +93,6 @@ def check_intervals(training: JointArguments, named: set[str], beneath: set[str]
     for kind in ("save", "eval", "logging"):
         steps, strategy = f"{kind}_steps", f"{kind}_strategy"
         wanted = steps in named or (steps in beneath and strategy not in named)
-        if wanted and _text(getattr(training, strategy)) != "steps":
-            value = _text(getattr(training, strategy))
+        if wanted and plain(getattr(training, strategy)) != "steps":
+            value = plain(getattr(training, strategy))
             raise UserError(f"--{steps} is not used with --{strategy} {value}")

@@ -13,6 +13,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from llm.flags.arguments import JointArguments, RunConfig
 from llm.flags.checks import is_adapter
+from llm.train.free import plain
 from theory.cli import UserError, check_output_dir, did_you_mean
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
@@ -77,7 +78,7 @@ def least_bytes(config: RunConfig) -> int:
     if name is None or config.model.use_peft or is_adapter(name):
         return 0
     model = _weights(Path(name)) * BYTES[config.model.dtype]
-    adam = str(getattr(training.optim, "value", training.optim)) in FULL_ADAM
+    adam = plain(training.optim) in FULL_ADAM
     size = model * (ADAM if adam and not training.save_only_model else 1)
     return model + size * _checkpoints(training)
 
@@ -94,7 +95,7 @@ def _weights(model: Path) -> int:
 
 def _checkpoints(training: JointArguments) -> int:
     """How many checkpoints lie on the disk at once, at the least."""
-    strategy = str(getattr(training.save_strategy, "value", training.save_strategy))
+    strategy = plain(training.save_strategy)
     if strategy == "no":
         return 0
     made = 1

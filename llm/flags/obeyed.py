@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from llm.train.free import FREE
+from llm.train.free import FREE, plain
 from theory.cli import UserError
 
 
@@ -96,7 +96,7 @@ NOT_HERE: dict[str, tuple[Callable[[Any], bool], str]] = {
         "a checkpoint is moved to its place while it would be uploaded",
     ),
     "optim": (
-        lambda value: "layerwise" in str(getattr(value, "value", value)),
+        lambda value: "layerwise" in str(plain(value)),
         "it steps inside the backward, before gradients are clipped",
     ),
     "debug": (

@@ -173,21 +173,21 @@ def differing(theirs: Mapping[str, str], mine: Mapping[str, str]) -> list[str]:
 
 def _leaves(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
     for name, value in values.items():
-        plain = _plain(value)
-        if isinstance(plain, Mapping):
-            yield from _leaves(plain, f"{prefix}{name}.")
-        elif plain is not None:
-            yield f"{prefix}{name}", str(plain)
+        leaf = plain(value)
+        if isinstance(leaf, Mapping):
+            yield from _leaves(leaf, f"{prefix}{name}.")
+        elif leaf is not None:
+            yield f"{prefix}{name}", str(leaf)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Enumerations by their value, sets in order, dataclasses as dictionaries."""
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, set | frozenset):
         return sorted(value, key=str)
     if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
+        return [plain(each) for each in value]
     if is_dataclass(value):
         return {each.name: getattr(value, each.name) for each in fields(value)}
     return value

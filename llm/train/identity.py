@@ -20,7 +20,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from llm.data.encode import fingerprint_rows
 from llm.loss.objectives import LanguageObjective, Row
-from llm.train.free import RESUME, counting, differing, flat
+from llm.train.free import RESUME, counting, differing, flat, plain
 from llm.train.streams import SampleStream
 from theory.cli import UserError
 from theory.records import read_json
@@ -126,7 +126,7 @@ def check_resume(
 
 def _endless(args: TrainingArguments) -> bool:
     """True if the curve of the learning rate does not depend on the number of steps."""
-    kind = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+    kind = plain(args.lr_scheduler_type)
     return kind in ENDLESS and not 0 < args.warmup_steps < 1
 
 
